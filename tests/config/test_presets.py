@@ -1,0 +1,34 @@
+"""Every file in configs/presets is a valid experiment, and the promises of the README about them hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from posemap_fast.config import diff
+from posemap_fast.errors import ConfigError
+from posemap_fast.experiment import ExperimentConfig, load_experiment, preset_names
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_loads_and_changes_something(name: str) -> None:
+    assert diff(ExperimentConfig(), load_experiment(name))
+
+
+def test_the_four_presets_of_the_readme_exist() -> None:
+    assert {"smoke", "cpu", "gpu", "paper"} <= set(preset_names())
+
+
+def test_paper_preset_holds_the_constants_of_the_paper() -> None:
+    paper = load_experiment("paper")
+    assert (paper.network.backbone, paper.network.head, paper.network.feature_dim) == ("vgg16", "gap_linear", 128)
+    assert (paper.rvs.max_translation, paper.rvs.max_rotation_deg) == (0.2, 10.0)
+    assert (paper.apr.lr, paper.apr.subset, paper.align.lr, paper.align.batch) == (1e-4, 0.2, 1e-5, 1)
+    weights = paper.apr.weights
+    assert (weights.pose, weights.image, weights.posemap, weights.rvs) == (1.0, 1.0, 1.0, 1.0)
+    assert paper.pose_scale == "metric" and paper.protocol == "transductive"
+    assert paper.field.pose_features == 256
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'relative_translation'"):
+        load_experiment("cpu", [], ["rvs.relative_translatoin=1"])
