@@ -1,0 +1,1 @@
+"""The oracle of every op, one module each: plain torch, float64-capable, obviously right, slow."""
