@@ -1,0 +1,169 @@
+"""Small bias-free ReLU network whose activations never reach memory (after Müller et al. 2021, arXiv:2106.12372)."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
+from posemap_fast.errors import BackendError, ConfigError
+from posemap_fast.ops import _library
+from posemap_fast.ops._register import define_op, dtype_suffix
+from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
+from posemap_fast.ops.reference.fused_mlp import fused_mlp_gradients as reference_gradients
+from posemap_fast.ops.reference.fused_mlp import split_params
+
+__all__ = ["MLPSpec", "fused_mlp"]
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """Widths of the network: inputs, hidden layers, outputs; every matrix between neighbours has no bias."""
+
+    dims: tuple[int, ...]  # (d_in, hidden..., d_out), each >= 1, at least one matrix
+
+    def __post_init__(self) -> None:
+        if len(self.dims) < 2 or any(not isinstance(d, int) or d < 1 for d in self.dims):
+            raise ConfigError(f"MLPSpec: dims must be two or more positive integers; got {self.dims}")
+
+    @property
+    def layer_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(n_out, n_in) of each weight matrix, in the order in which `params` holds them."""
+        return tuple((n_out, n_in) for n_in, n_out in itertools.pairwise(self.dims))
+
+    @property
+    def n_params(self) -> int:
+        """Length of the flat parameter vector."""
+        return sum(n_out * n_in for n_out, n_in in self.layer_shapes)
+
+    def split(self, params: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the weight matrices (n_out, n_in) inside the flat `params` (n_params,)."""
+        return split_params(params, self.dims)
+
+
+def fused_mlp(x: torch.Tensor, params: torch.Tensor, spec: MLPSpec) -> torch.Tensor:
+    """Bias-free multilayer perceptron: ReLU between the layers, linear output.
+
+        h_0 = x,   h_{l+1} = relu(W_l h_l),   y = W_{L-1} h_{L-1}
+
+    Convention: `params` holds W_0, W_1, ... one after the other, each (n_out, n_in) row-major.
+    The gradient of the ReLU at 0 is 0. NaN and inf stay in their row of y and of the gradient of x.
+    Args:
+        x: (n, d_in) float32/64; row-major, column-major (`hash_encode`'s output) or any other strides, read in place.
+        params: (n_params,) same dtype and device.
+        spec: the widths.
+    Returns:
+        (n, d_out) row-major. The gradient of x has the memory layout of x.
+    Raises:
+        ShapeError: shape, dtype or device do not fit.
+        BackendError: a second derivative is asked for.
+    Differentiable once, in x and params; a gradient that nobody needs is not computed.
+    Cost: activations stay in the cache; the backward recomputes them. On the CPU the result is bitwise the same for
+    any number of threads. Reference: `ops.reference.fused_mlp`.
+    Example: dims (1, 2, 1), params [1, -1, 1, 1]  ->  y = relu(x) + relu(-x) = |x|
+    """
+    expect_dtype("fused_mlp", "x", x, (torch.float32, torch.float64))
+    expect_dtype("fused_mlp", "params", params, (x.dtype,))
+    expect_shape("fused_mlp", "x", x, (None, spec.dims[0]))
+    expect_shape("fused_mlp", "params", params, (spec.n_params,))
+    expect_same_device("fused_mlp", x=x, params=params)
+    return _fused_mlp(x, params, list(spec.dims))
+
+
+def _is_native(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and _library.native_available()
+
+
+def _c_dims(dims: list[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(dims))(*dims)
+
+
+def _empty_like_layout(x: torch.Tensor) -> torch.Tensor:
+    """Empty (n, d): column-major when x is, else row-major."""
+    n, width = x.shape
+    if x.stride(0) == 1 and x.stride(1) != 1:
+        return x.new_empty((width, n)).t()
+    return x.new_empty((n, width))
+
+
+def _forward(x: torch.Tensor, params: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    if not _is_native(x):
+        return reference_mlp(x, params, dims)
+    out = x.new_empty((x.shape[0], dims[-1]))
+    _library.call(
+        f"pmf_fused_mlp_cpu_{dtype_suffix(x)}",
+        *(x, x.stride(0), x.stride(1), params.contiguous()),
+        *(_c_dims(dims), len(dims) - 1, x.shape[0], out),
+    )
+    return out
+
+
+def _forward_fake(x: torch.Tensor, params: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    return x.new_empty((x.shape[0], dims[-1]))
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, params: torch.Tensor, dims: list[int], needs_x: bool, needs_params: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and params; the one that is not needed is an empty tensor."""
+    grad_x, grad_params = _backward_fake(grad, x, params, dims, needs_x, needs_params)
+    if not _is_native(x):
+        found = reference_gradients(grad, x, params, dims)
+        for buffer, value, needed in zip((grad_x, grad_params), found, (needs_x, needs_params), strict=True):
+            if needed:
+                buffer.copy_(value)
+        return grad_x, grad_params
+    _library.call(
+        f"pmf_fused_mlp_backward_cpu_{dtype_suffix(x)}",
+        *(grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), params.contiguous()),
+        *(_c_dims(dims), len(dims) - 1, x.shape[0]),
+        *(grad_x if needs_x else None, grad_x.stride(0), grad_x.stride(-1), grad_params if needs_params else None),
+    )
+    return grad_x, grad_params
+
+
+def _backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, params: torch.Tensor, dims: list[int], needs_x: bool, needs_params: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_x = _empty_like_layout(x) if needs_x else x.new_empty((0,))
+    return grad_x, params.new_empty(params.shape if needs_params else (0,))
+
+
+def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
+    raise BackendError("fused_mlp is differentiable once; use ops.reference.fused_mlp for second derivatives")
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The second derivative only raises."""
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, params, ctx.dims = inputs
+    ctx.save_for_backward(x, params)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    needs_x, needs_params, _ = ctx.needs_input_grad
+    grad_x, grad_params = _fused_mlp_backward(grad, *ctx.saved_tensors, ctx.dims, needs_x, needs_params)
+    return grad_x if needs_x else None, grad_params if needs_params else None, None
+
+
+_fused_mlp_backward = define_op(
+    "fused_mlp_backward(Tensor grad, Tensor x, Tensor params, int[] dims, bool needs_x, bool needs_params)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    setup_context=_save_nothing,
+    backward=_refuse_second_derivative,
+)
+_fused_mlp = define_op(
+    "fused_mlp(Tensor x, Tensor params, int[] dims) -> Tensor",
+    _forward,
+    _forward_fake,
+    setup_context=_save_inputs,
+    backward=_differentiate,
+)
