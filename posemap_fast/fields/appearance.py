@@ -1,0 +1,51 @@
+"""Appearance code of an image from its luminance histogram (NeRF-H of DFNet, arXiv:2204.00559, section 3.2).
+
+The code is a function of the image alone, so it works for images that were never trained on, which is its point.
+DFNet looks up an embedding for each bin's rounded percentage; here a small MLP maps the ten fractions, so that
+an unseen percentage is interpolated instead of an untrained row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["N_BINS", "AppearanceEncoder", "luminance_histogram"]
+
+N_BINS = 10
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+def luminance_histogram(images: torch.Tensor) -> torch.Tensor:
+    """Fractions of pixels in ten equal bins of Y = .299 R + .587 G + .114 B.
+
+    Args:
+        images: (n, H, W, 3) uint8, or float in [0, 1].
+    Returns:
+        (n, 10) float32, rows sum to 1.
+    """
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    rows = []
+    for image in images:
+        luminance = (image.float() @ torch.tensor(_LUMINANCE)) / scale
+        bins = (luminance * N_BINS).long().clamp_(0, N_BINS - 1)
+        rows.append(torch.bincount(bins.flatten(), minlength=N_BINS) / bins.numel())
+    return torch.stack(rows) if rows else torch.zeros(0, N_BINS)
+
+
+class AppearanceEncoder(nn.Module):
+    """(n, 10) histograms -> (n, dim) codes; zero at the mean training histogram before training."""
+
+    mean_histogram: torch.Tensor
+
+    def __init__(self, dim: int, mean_histogram: torch.Tensor, hidden: int = 32):
+        super().__init__()
+        self.register_buffer("mean_histogram", mean_histogram.float())
+        first, last = nn.Linear(N_BINS, hidden), nn.Linear(hidden, dim)
+        nn.init.zeros_(first.bias)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(first, nn.ReLU(), last)
+
+    def forward(self, histograms: torch.Tensor) -> torch.Tensor:
+        """Codes of a batch of histograms; differences of 10 % of the pixels are inputs of order one."""
+        return self.layers((histograms - self.mean_histogram) * N_BINS)

@@ -1,0 +1,109 @@
+"""Hash-grid radiance field with a colour head and a pose branch (NeRF-P on an instant-ngp backbone).
+
+    encoding = hash(x)                         (L * F)
+    geo      = MLP(encoding)                   1 hidden layer; geo[0] is the log density
+    rgb      = sigmoid(MLP([geo, SH(d), a]))   2 hidden layers
+    h        = MLP([encoding, geo])            1 hidden layer: the pose branch (PoseMap paper, section 3.2)
+
+The class is written once against a set of four functions; `native` and `reference` differ in that set only, so
+a map trained with one is read by the other. Positions live in the unit cube of `SceneFrame`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from posemap_fast.fields.protocol import FieldConfig, FieldFeatures
+from posemap_fast.ops import HashGridSpec, MLPSpec
+
+__all__ = ["FieldFunctions", "HashField"]
+
+MAX_LOG_DENSITY = 12.0  # exp(12) = 160 000 / unit: opaque within any step; keeps exp and its gradient finite
+
+
+@dataclass(frozen=True)
+class FieldFunctions:
+    """The numerical kernels a hash field is made of."""
+
+    hash_encode: Callable[[torch.Tensor, torch.Tensor, HashGridSpec], torch.Tensor]
+    sh_encode: Callable[[torch.Tensor, int], torch.Tensor]
+    fused_mlp: Callable[[torch.Tensor, torch.Tensor, MLPSpec], torch.Tensor]
+
+
+def _init_mlp(spec: MLPSpec, generator: torch.Generator) -> torch.Tensor:
+    """He-uniform weights of all layers, flattened in the layout of `fused_mlp`."""
+    layers = [
+        torch.empty(n_out * n_in).uniform_(-math.sqrt(6 / n_in), math.sqrt(6 / n_in), generator=generator)
+        for n_in, n_out in zip(spec.dims[:-1], spec.dims[1:], strict=True)
+    ]
+    return torch.cat(layers)
+
+
+class HashField(nn.Module):
+    """See the module docstring; implements the `Field` protocol."""
+
+    def __init__(self, config: FieldConfig, functions: FieldFunctions, seed: int = 0):
+        super().__init__()
+        if config.finest_resolution <= 0:
+            raise ValueError("finest_resolution must be resolved before a field is built")
+        self.config = config
+        self._functions = functions
+        self.grid = HashGridSpec(
+            n_levels=config.n_levels,
+            n_features_per_level=config.n_features_per_level,
+            log2_hashmap_size=config.log2_hashmap_size,
+            base_resolution=config.base_resolution,
+            finest_resolution=config.finest_resolution,
+        )
+        n_encoding, n_geo = self.grid.output_dim, 1 + config.geo_features
+        n_view = config.sh_degree**2 + config.appearance_dim
+        self.density_mlp = MLPSpec((n_encoding, config.hidden, n_geo))
+        self.colour_mlp = MLPSpec((n_geo + n_view, config.hidden, config.hidden, 3))
+        self.pose_mlp = MLPSpec((n_encoding + n_geo, config.pose_hidden, config.pose_hidden))
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.empty(self.grid.n_entries, config.n_features_per_level)
+        self.table = nn.Parameter(table.uniform_(-1e-4, 1e-4, generator=generator))
+        self.density_params = nn.Parameter(_init_mlp(self.density_mlp, generator))
+        self.colour_params = nn.Parameter(_init_mlp(self.colour_mlp, generator))
+        self.pose_params = nn.Parameter(_init_mlp(self.pose_mlp, generator))
+
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """The hash table."""
+        return [self.table]
+
+    def pose_parameters(self) -> list[nn.Parameter]:
+        """The pose branch."""
+        return [self.pose_params]
+
+    def density(self, x: torch.Tensor) -> tuple[torch.Tensor, FieldFeatures]:
+        """(n, 3) in the unit cube -> (n,) density in 1/unit, and the features for the heads."""
+        encoding = self._functions.hash_encode(x, self.table, self.grid)
+        geo = self._functions.fused_mlp(encoding, self.density_params, self.density_mlp)
+        log_density = geo[:, 0] + math.log(self.config.init_density)
+        return torch.exp(log_density.clamp(max=MAX_LOG_DENSITY)), FieldFeatures(encoding, geo)
+
+    def rgb(
+        self,
+        features: FieldFeatures,
+        rays_d: torch.Tensor,
+        appearance: torch.Tensor | None,
+        ray_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """Colour of each sample, (n, 3) in (0, 1); without `appearance` the mean one (a code of zeros)."""
+        parts = [features.geo, self._functions.sh_encode(rays_d, self.config.sh_degree)[ray_indices]]
+        if self.config.appearance_dim > 0:
+            if appearance is None:
+                appearance = rays_d.new_zeros(rays_d.shape[0], self.config.appearance_dim)
+            parts.append(appearance[ray_indices])  # apart from the directions: only this gather has a backward
+        inputs = torch.cat(parts, dim=1)
+        return torch.sigmoid(self._functions.fused_mlp(inputs, self.colour_params, self.colour_mlp))
+
+    def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:
+        """Hidden pose feature of each sample, (n, pose_hidden)."""
+        inputs = torch.cat([features.encoding, features.geo], dim=1)
+        return self._functions.fused_mlp(inputs, self.pose_params, self.pose_mlp)
