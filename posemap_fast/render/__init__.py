@@ -1,0 +1,28 @@
+"""Rendering: occupancy grid, rays, whole views with colour, depth and PoseMap."""
+
+from posemap_fast.render.backends import RENDER_BACKENDS
+from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
+from posemap_fast.render.renderer import PoseField, RayOutput, RenderConfig, Renderer, Samples
+from posemap_fast.render.views import (
+    POSEMAP_STRIDE,
+    ViewOutput,
+    posemap_shape,
+    render_posemaps,
+    render_views,
+)
+
+__all__ = [
+    "POSEMAP_STRIDE",
+    "RENDER_BACKENDS",
+    "OccupancyConfig",
+    "OccupancyGrid",
+    "PoseField",
+    "RayOutput",
+    "RenderConfig",
+    "Renderer",
+    "Samples",
+    "ViewOutput",
+    "posemap_shape",
+    "render_posemaps",
+    "render_views",
+]
