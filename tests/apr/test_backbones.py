@@ -1,0 +1,158 @@
+"""Contract of every registered backbone, and the facts that make VGG-16 the published one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from posemap_fast.apr.backbones import BACKBONES, VGG16, Backbone
+from posemap_fast.errors import ConfigError, ShapeError
+
+_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+# Index in torchvision's `vgg16().features` -> (out, in) of its 3x3 convolutions: 26 tensors with the biases.
+VGG16_CONVOLUTIONS = {
+    0: (64, 3),
+    2: (64, 64),
+    5: (128, 64),
+    7: (128, 128),
+    10: (256, 128),
+    12: (256, 256),
+    14: (256, 256),
+    17: (512, 256),
+    19: (512, 512),
+    21: (512, 512),
+    24: (512, 512),
+    26: (512, 512),
+    28: (512, 512),
+}
+
+
+def _images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Backbone]:
+    """One network of each kind with seeded random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: BACKBONES.get(name)("random") for name in BACKBONES}
+
+
+@pytest.fixture(params=BACKBONES.names())
+def backbone(request, built) -> Backbone:
+    net = built[request.param]
+    net.zero_grad(set_to_none=True)
+    return net.eval()
+
+
+@pytest.mark.parametrize("size", [(32, 48), (45, 61), (64, 33)])
+def test_maps_have_the_promised_channels_and_strides_at_odd_sizes_too(backbone, size):
+    output = backbone(_images(2, *size))
+    maps = [*output.taps, output.final]
+    channels = [*backbone.tap_channels, backbone.out_channels]
+    strides = [*backbone.tap_strides, backbone.out_stride]
+    assert len(maps) == len(channels) == len(strides) == 4
+    for tensor, width, stride in zip(maps, channels, strides, strict=True):
+        assert tensor.shape[:2] == (2, width)
+        for side, full in zip(tensor.shape[2:], size, strict=True):
+            assert full // stride <= side <= -(-full // stride)
+
+
+def test_taps_are_taken_before_the_relu_and_the_final_map_after_it(backbone):
+    output = backbone(_images(2, 48, 48))
+    for tap in output.taps:
+        assert (tap < 0).float().mean() > 0.05
+    assert output.final.min() >= 0
+
+
+def test_without_taps_the_final_map_is_the_same(backbone):
+    images = _images(2, 40, 40)
+    slim = backbone(images, with_taps=False)
+    assert slim.taps == []
+    torch.testing.assert_close(slim.final, backbone(images).final)
+
+
+def test_gradients_reach_every_parameter_and_the_images(backbone):
+    images = _images(2, 48, 64).requires_grad_()
+    output = backbone.train()(images)
+    sum(tensor.square().mean() for tensor in [*output.taps, output.final]).backward()
+    assert images.grad.abs().sum() > 0
+    assert [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_evaluation_is_repeatable_and_leaves_the_input_alone(backbone):
+    images = _images(1, 48, 48)
+    before = images.clone()
+    with torch.no_grad():
+        assert torch.equal(backbone(images).final, backbone(images).final)
+    assert torch.equal(images, before)
+
+
+def test_state_dict_round_trip(backbone):
+    other = BACKBONES.get(next(name for name in BACKBONES if BACKBONES.get(name) is type(backbone)))(None)
+    other.load_state_dict(backbone.state_dict())
+    images = _images(1, 48, 48)
+    assert torch.equal(other.eval()(images).final, backbone(images).final)
+
+
+def test_input_is_normalised_inside_forward(backbone):
+    seen: list[torch.Tensor] = []
+    first = next(module for module in backbone.modules() if isinstance(module, torch.nn.Conv2d))
+    handle = first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = _images(1, 32, 32)
+    backbone(images)
+    handle.remove()
+    torch.testing.assert_close(seen[0], (images - _MEAN) / _STD)
+
+
+def test_bytes_grey_images_and_tiny_images_are_refused(backbone):
+    with pytest.raises(ShapeError, match="divide by 255"):
+        backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ShapeError, match="must have shape"):
+        backbone(torch.zeros(1, 1, 64, 64))
+    with pytest.raises(ShapeError, match="at least"):
+        backbone(torch.zeros(1, 3, backbone.min_size - 1, 64))
+
+
+def test_an_unknown_backbone_lists_the_near_names():
+    with pytest.raises(ConfigError, match="did you mean 'vgg16'"):
+        BACKBONES.get("vgg-16")
+
+
+def test_vgg16_has_the_keys_and_shapes_of_torchvision(built):
+    expected = {}
+    for index, (out_channels, in_channels) in VGG16_CONVOLUTIONS.items():
+        expected[f"features.{index}.weight"] = (out_channels, in_channels, 3, 3)
+        expected[f"features.{index}.bias"] = (out_channels,)
+    assert len(expected) == 26
+    assert {key: tuple(value.shape) for key, value in built["vgg16"].state_dict().items()} == expected
+
+
+def test_vgg16_equals_the_published_plan_written_out(built):
+    net = built["vgg16"].eval()
+    images = _images(1, 64, 64)
+    x = (images - _MEAN) / _STD
+    taps = []
+    with torch.no_grad():
+        for index in VGG16_CONVOLUTIONS:
+            x = functional.conv2d(x, net.features[index].weight, net.features[index].bias, padding=1)
+            if index in (2, 14, 28):  # conv1_2, conv3_3, conv5_3
+                taps.append(x)
+            x = functional.relu(x)
+            if index in (2, 7, 14, 21, 28):
+                x = functional.max_pool2d(x, 2)
+        output = net(images)
+    torch.testing.assert_close(output.final, x)
+    for tap, wanted in zip(output.taps, taps, strict=True):
+        torch.testing.assert_close(tap, wanted)
+
+
+def test_vgg16_random_weights_keep_the_signal_alive(built):
+    with torch.no_grad():
+        output = built["vgg16"].eval()(_images(1, 64, 64))
+    assert 1e-3 < output.final.std() < 1e3
+    assert isinstance(built["vgg16"], VGG16)
