@@ -1,0 +1,239 @@
+"""Stage 3: the absolute pose regression network in one online loop with the map (paper, section 3.1, eqs. 1 and 2).
+
+    L = L_pose + L_image + L_posemap + L_rvs
+
+Every step draws real images, takes their cached renders and PoseMaps, renders fresh views and PoseMaps at random
+poses (RVS), runs the network once over all of them and compares the PoseMaps of predicted and true poses; that
+gradient reaches the prediction through the rays, the hash grid and the compositing weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from posemap_fast.apr import APRNet
+from posemap_fast.errors import ConfigError
+from posemap_fast.fields import NeRFP
+from posemap_fast.losses import pose_l2, pose_mse, posemap_cosine, posemap_l2, triplet_loss
+from posemap_fast.render import Renderer, render_posemaps, render_views
+from posemap_fast.seeding import step_generator
+from posemap_fast.train.nerfp import TrainingViews
+from posemap_fast.train.replay import ViewReplay
+from posemap_fast.train.rvs import ViewSampler
+from posemap_fast.train.selection import BestState, network_input
+from posemap_fast.train.view_cache import ViewCache, to_uint8
+
+__all__ = ["APRStage", "APRTrainConfig", "LossWeights", "OnlineMap", "rendered_size"]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the four losses; 0 switches one off together with its cost."""
+
+    pose: float = 1.0
+    image: float = 1.0
+    posemap: float = 1.0
+    rvs: float = 1.0
+    rvs_posemap: float = 1.0  # the PoseMap part of the RVS loss, relative to its pose part
+
+
+@dataclass(frozen=True)
+class APRTrainConfig:
+    """Schedule of stage 3."""
+
+    steps: int = 1000
+    batch: int = 8  # real images per step (and as many cached renders)
+    rvs_batch: int = 8  # fresh views rendered per step
+    replay_batch: int = 0  # views of earlier steps per step: only the pose part of the RVS loss
+    replay_capacity: int = 1024  # views kept for that
+    render_scale: float = 0.5  # size of rendered views relative to the camera's
+    lr: float = 1e-3  # Adam
+    schedule: Literal["cosine", "constant"] = "cosine"
+    pose_loss: Literal["l2", "mse"] = "l2"  # norm of the 12-vector (paper) or mean square (DFNet's code)
+    translation_weight: float = 1.0  # of the translation entries of the residual; the paper's is 1, in metres
+    triplet_distance: Literal["channels", "width"] = "channels"  # distance of the triplet loss; width = DFNet's code
+    triplet_margin: float = 1.0
+    grad_clip: float = 1.0  # gradient norm limit; 0 = off
+    validate_every: int = 50  # steps
+    select_from: float = 0.7  # share of the steps after which a state may be chosen on validation
+    subset: float = 1.0  # share of the training images used (paper: .2 indoor, .5 outdoor), every k-th
+    weights: LossWeights = field(default_factory=LossWeights)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.rvs_batch < 0:
+            raise ConfigError(f"steps and batch must be >= 1, rvs_batch >= 0; got {self}")
+        if not 0 < self.render_scale <= 1:
+            raise ConfigError(f"render_scale must be in (0, 1]; got {self.render_scale}")
+        if not 0 < self.subset <= 1:
+            raise ConfigError(f"subset must be in (0, 1]; got {self.subset}")
+
+
+@dataclass
+class OnlineMap:
+    """The frozen map and what the loop needs around it."""
+
+    nerfp: NeRFP
+    renderer: Renderer
+    sampler: ViewSampler
+    cache: ViewCache
+    feature_scale: float  # root mean square norm of a PoseMap cell: makes the L2 of PoseMaps scale-free
+
+
+class RandomViews(NamedTuple):
+    """Views at random poses: the fresh ones first, then those of earlier steps."""
+
+    poses: torch.Tensor  # (n, 4, 4)
+    images: torch.Tensor  # (n, h, w, 3) uint8
+    maps: torch.Tensor | None  # (n_fresh, 256, rows, cols), None when their loss is off
+
+
+class APRStage:
+    """Trains `net`; `best.state` is the one to use (chosen on validation)."""
+
+    def __init__(
+        self,
+        config: APRTrainConfig,
+        net: APRNet,
+        online: OnlineMap,
+        views: TrainingViews,
+        validation: TrainingViews,
+        seed: int,
+        name: str = "apr",
+    ):
+        self.name = name
+        self.config = config
+        self.n_steps = config.steps
+        self.net, self.online, self.views = net, online, views
+        self.seed = seed
+        stride = max(1, round(1 / config.subset))
+        self.chosen = torch.arange(0, len(views), stride)
+        self.codes = online.nerfp.appearance_code(views.histograms)
+        online.nerfp.requires_grad_(False)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+        self.best = BestState(
+            net, validation, config.validate_every, config.steps, first=round(config.select_from * config.steps)
+        )
+        self.render_size = rendered_size(views.camera.height, views.camera.width, config.render_scale)
+        has_views = config.weights.rvs > 0 and config.replay_batch > 0
+        self.replay = ViewReplay(config.replay_capacity if has_views else 0, self.render_size)
+        net.train()
+
+    def step(self, k: int) -> dict[str, float]:
+        """One step of Adam on real images, their renders and fresh random views."""
+        generator = step_generator(self.seed, self.name, k)
+        self._set_rate(k)
+        index = self.chosen[torch.randperm(len(self.chosen), generator=generator)[: self.config.batch]]
+        losses = self._losses(index, generator)
+        loss = torch.stack(list(losses.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        values = {"loss": float(loss.detach())} | {name: float(v.detach()) for name, v in losses.items()}
+        return values | self.best.look(k + 1)
+
+    def _set_rate(self, k: int) -> None:
+        if self.config.schedule == "cosine":
+            factor = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * k / self.n_steps)).item())
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * max(0.01, factor)
+
+    def _losses(self, index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The weighted losses that are switched on."""
+        weights, online = self.config.weights, self.online
+        n = index.numel()
+        poses = self.views.c2w[index]
+        batch = [network_input(self.views.images[index])]
+        n_features = n
+        if weights.image > 0:
+            batch.append(network_input(online.cache.renders[index]))
+            n_features = 2 * n
+        rvs = self._random_views(generator) if weights.rvs > 0 and self.config.rvs_batch > 0 else None
+        if rvs is not None:
+            batch.append(network_input(rvs.images))
+        images = torch.cat([self.net.resized(part) for part in batch])
+        output = self.net(images, n_features=n_features if weights.image > 0 and n > 1 else 0)
+        vectors, features = output.vector12, output.features
+        losses: dict[str, torch.Tensor] = {}
+        known = torch.cat([poses] * (n_features // n))
+        if weights.pose > 0:
+            losses["pose"] = weights.pose * self._pose_loss(vectors[:n_features], known)
+        if features is not None:
+            losses["image"] = weights.image * triplet_loss(
+                features[:, n:],
+                features[:, :n],
+                margin=self.config.triplet_margin,
+                distance=self.config.triplet_distance,
+            )
+        if rvs is not None:
+            losses["rvs"] = weights.rvs * self._pose_loss(vectors[n_features:], rvs.poses)
+        return losses | self._posemap_losses(output.c2w, index, n_features, None if rvs is None else rvs.maps)
+
+    def _posemap_losses(
+        self, predicted: torch.Tensor, index: torch.Tensor, n_features: int, rvs_maps: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """PoseMaps at the predicted poses of real images and random views against those at the true poses."""
+        weights, online = self.config.weights, self.online
+        n = index.numel() if weights.posemap > 0 else 0
+        wanted = [predicted[:n]]
+        if rvs_maps is not None:
+            wanted.append(predicted[n_features : n_features + rvs_maps.shape[0]])
+        poses = torch.cat(wanted)
+        if poses.shape[0] == 0:
+            return {}
+        maps = render_posemaps(online.renderer, online.nerfp, poses, self.views.camera)
+        losses = {}
+        if n:
+            losses["posemap"] = weights.posemap * posemap_cosine(maps[:n], online.cache.posemaps[index])
+        if rvs_maps is not None:
+            distance = posemap_l2(maps[n:], rvs_maps, scale=online.feature_scale)
+            losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * distance
+        return losses
+
+    def _pose_loss(self, vectors: torch.Tensor, c2w: torch.Tensor) -> torch.Tensor:
+        target = self.net.pose_frame.encode(c2w)
+        distance = pose_l2 if self.config.pose_loss == "l2" else pose_mse
+        return distance(vectors, target, translation_weight=self.config.translation_weight)
+
+    def _random_views(self, generator: torch.Generator) -> RandomViews:
+        """Render fresh views and PoseMaps at random poses, and add views of earlier steps."""
+        online = self.online
+        poses, source = online.sampler.draw(self.config.rvs_batch, generator)
+        view = render_views(
+            online.renderer,
+            online.nerfp,
+            poses,
+            self.views.camera,
+            appearance=None if self.codes is None else self.codes[source],
+            image_size=self.render_size,
+            with_posemap=self.config.weights.rvs_posemap > 0,
+        )
+        fresh = to_uint8(view.rgb)
+        old_images, old_poses = self.replay.draw(self.config.replay_batch, generator)
+        self.replay.add(fresh, poses)
+        return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), view.posemap)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network, optimizer, the best state so far and the views kept for replay."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best.state,
+            "replay": self.replay.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best.state = state["best"]
+        self.replay.load_state_dict(state["replay"])
+
+
+def rendered_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(height, width) of rendered views."""
+    return max(1, round(height * scale)), max(1, round(width * scale))

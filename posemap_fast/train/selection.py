@@ -1,0 +1,72 @@
+"""Choice of a model on the validation part that was cut from the training images (never on the test split)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from posemap_fast.apr import APRNet
+from posemap_fast.geometry import rotation_angle_deg
+from posemap_fast.train.nerfp import TrainingViews
+
+__all__ = ["BestState", "network_input", "predict_poses", "validation_score"]
+
+
+def network_input(images: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [0, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict_poses(net: APRNet, images: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """(n, H, W, 3) uint8 -> (n, 4, 4) predicted camera-to-world, in evaluation mode."""
+    was_training = net.training
+    net.eval()
+    parts = [net(network_input(chunk)).c2w for chunk in images.split(batch)]
+    net.train(was_training)
+    return torch.cat(parts) if parts else torch.zeros(0, 4, 4)
+
+
+def validation_score(net: APRNet, views: TrainingViews) -> dict[str, float]:
+    """Median errors on validation views and one score: translation relative to the pose scale plus radians."""
+    predicted = predict_poses(net, views.images)
+    translation = (predicted[:, :3, 3] - views.c2w[:, :3, 3]).norm(dim=1).median()
+    rotation = rotation_angle_deg(predicted[:, :3, :3], views.c2w[:, :3, :3]).median()
+    score = translation / net.pose_frame.scale + torch.deg2rad(rotation)
+    return {"val_t_m": float(translation), "val_r_deg": float(rotation), "val_score": float(score)}
+
+
+class BestState:
+    """Keeps the network state with the lowest validation score; without validation views, the last one.
+
+    Args:
+        net: the network in training.
+        validation: labelled views; may be empty.
+        every: steps between two looks.
+        n_steps: the last step is always looked at.
+        first: states before this step are validated, but not kept: while the learning rate is high, a good score on
+            a few validation views is luck.
+    """
+
+    def __init__(self, net: APRNet, validation: TrainingViews, every: int, n_steps: int, first: int = 0):
+        self.net, self.validation, self.every, self.n_steps, self.first = net, validation, every, n_steps, first
+        self.state: dict[str, Any] = {"score": float("inf"), "step": 0, "net": copy.deepcopy(net.state_dict())}
+
+    def look(self, done: int) -> dict[str, float]:
+        """Validate after `done` steps when it is time to; returns the errors, or nothing."""
+        last = done == self.n_steps
+        if len(self.validation) == 0:
+            if last:
+                self._keep(0.0, done)
+            return {}
+        if done % self.every and not last:
+            return {}
+        values = validation_score(self.net, self.validation)
+        if done >= self.first and values["val_score"] < self.state["score"]:
+            self._keep(values["val_score"], done)
+        return values
+
+    def _keep(self, score: float, step: int) -> None:
+        self.state = {"score": score, "step": step, "net": copy.deepcopy(self.net.state_dict())}

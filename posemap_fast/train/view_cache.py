@@ -1,0 +1,63 @@
+"""Renders and PoseMaps at the training poses: constant once the map is frozen, so computed once and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from posemap_fast.fields import NeRFP
+from posemap_fast.files import atomic_path
+from posemap_fast.progress import ProgressMeter
+from posemap_fast.render import Renderer, render_views
+from posemap_fast.train.nerfp import TrainingViews
+
+__all__ = ["ViewCache", "to_uint8"]
+
+
+def to_uint8(rgb: torch.Tensor) -> torch.Tensor:
+    """Colours in [0, 1] -> uint8, rounded."""
+    return (rgb * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass
+class ViewCache:
+    """What the map shows at the training poses."""
+
+    renders: torch.Tensor  # (n, h, w, 3) uint8, at the size of random views
+    posemaps: torch.Tensor  # (n, 256, rows, cols) float32
+
+    @classmethod
+    def load_or_render(
+        cls,
+        path: Path,
+        renderer: Renderer,
+        nerfp: NeRFP,
+        views: TrainingViews,
+        image_size: tuple[int, int],
+        meter: ProgressMeter,
+    ) -> ViewCache:
+        """Read the cache of this run, or render it (seconds to a minute) and write it atomically."""
+        if path.exists():
+            return cls(**torch.load(path, weights_only=True))
+        renders, posemaps = [], []
+        codes = nerfp.appearance_code(views.histograms)
+        with meter.task("view cache", total=len(views), start=0) as task:
+            for i in range(len(views)):
+                view = render_views(
+                    renderer,
+                    nerfp,
+                    views.c2w[i : i + 1],
+                    views.camera,
+                    appearance=None if codes is None else codes[i : i + 1],
+                    image_size=image_size,
+                )
+                renders.append(to_uint8(view.rgb))
+                assert view.posemap is not None
+                posemaps.append(view.posemap)
+                task.update(i + 1)
+        cache = cls(torch.cat(renders), torch.cat(posemaps))
+        with atomic_path(path) as temporary:
+            torch.save(vars(cache), temporary)
+        return cache

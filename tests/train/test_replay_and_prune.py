@@ -1,0 +1,68 @@
+"""The ring of earlier views, and the occupancy grid after stage 1."""
+
+from __future__ import annotations
+
+import torch
+
+from posemap_fast.geometry import Camera
+from posemap_fast.train import TrainingViews, prune_occupancy
+from posemap_fast.train.replay import ViewReplay
+
+
+def views(n: int, value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((n, 4, 5, 3), value, dtype=torch.uint8), torch.eye(4).repeat(n, 1, 1) * value
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_ring_keeps_the_newest_views() -> None:
+    ring = ViewReplay(4, (4, 5))
+    for value in (1, 2, 3):
+        ring.add(*views(2, value))
+    assert len(ring) == 4
+    assert sorted(ring.images[:, 0, 0, 0].tolist()) == [2, 2, 3, 3]
+
+
+def test_images_and_poses_stay_together() -> None:
+    ring = ViewReplay(6, (4, 5))
+    for value in (1, 2, 3):
+        ring.add(*views(2, value))
+    images, poses = ring.draw(50 // 10, generator())
+    assert torch.equal(images[:, 0, 0, 0].float(), poses[:, 0, 0])
+
+
+def test_ring_that_holds_too_few_gives_none() -> None:
+    ring = ViewReplay(6, (4, 5))
+    ring.add(*views(2, 1))
+    assert ring.draw(3, generator())[0].shape[0] == 0
+    assert ViewReplay(0, (4, 5)).draw(1, generator())[0].shape[0] == 0
+
+
+def test_restored_ring_goes_on_like_the_original() -> None:
+    first, second = ViewReplay(4, (4, 5)), ViewReplay(4, (4, 5))
+    for value in (1, 2, 3):
+        first.add(*views(2, value))
+    second.load_state_dict(first.state_dict())
+    for ring in (first, second):
+        ring.add(*views(1, 9))
+    assert torch.equal(first.images, second.images) and torch.equal(first.poses, second.poses)
+
+
+def test_prune_keeps_what_cameras_see_and_drops_what_lies_behind(tiny_map, poses) -> None:
+    nerfp, renderer = tiny_map
+    with torch.no_grad():  # opaque everywhere: cameras see only what is next to them
+        nerfp.field.table.zero_()
+        nerfp.field.config = nerfp.field.config.__class__(**{**vars(nerfp.field.config), "init_density": 1e5})
+    camera = Camera(48, 36, 40.0, 40.0, 24.0, 18.0)
+    images = torch.zeros(len(poses), 36, 48, 3, dtype=torch.uint8)
+    kept = prune_occupancy(nerfp, renderer, TrainingViews.of(images, poses, camera), seed=0)
+    assert 0 < kept < 0.3
+    seen = poses[:, :3, 3] + 0.1 * poses[:, :3, 2]
+    behind = poses[:, :3, 3] + 1.5 * poses[:, :3, 2]
+    assert bool(renderer.occupancy.is_occupied(renderer.frame.to_field(seen)).all())
+    assert not bool(renderer.occupancy.is_occupied(renderer.frame.to_field(behind)).any())
+    before = renderer.occupancy.bitfield.clone()
+    prune_occupancy(nerfp, renderer, TrainingViews.of(images, poses, camera), seed=0)
+    assert torch.equal(before, renderer.occupancy.bitfield)
