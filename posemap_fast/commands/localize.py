@@ -1,0 +1,44 @@
+"""`posemap localize`: images in, poses out, as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from posemap_fast.commands.base import COMMANDS, Command
+from posemap_fast.localize import PoseRegressor, read_image
+
+__all__ = ["localize"]
+
+_DESCRIPTION = """\
+Answer with the camera pose of each image. One JSON line per image:
+  name, c2w (4x4 camera-to-world, OpenCV axes), t (camera centre), q (w, x, y, z), sigma_t_m, sigma_r_deg, ms
+sigma is the error that 68 % of the validation images stayed below. Images must come from the camera of the training
+images (any size, same aspect ratio).
+"""
+_EXAMPLE = "example:\n  posemap localize runs/room query_1.jpg query_2.png"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run directory, or a .pmnet file")
+    parser.add_argument("images", type=Path, nargs="+", help="PNG or JPEG files")
+
+
+def localizer_file(run: Path) -> Path:
+    """The localizer named on the command line: the file itself, or the one in a run directory."""
+    return run / "localizer.pmnet" if run.is_dir() else run
+
+
+def localize(options: argparse.Namespace) -> int:
+    """Print one JSON line per image."""
+    localizer = PoseRegressor.load(localizer_file(options.run))
+    images = [(path, read_image(path, localizer.camera)) for path in options.images]
+    for path, image in images:
+        print(json.dumps(localizer.localize(image).to_dict(str(path))), flush=True)
+    return 0
+
+
+COMMANDS.register("localize")(
+    Command("camera poses of images, as JSON lines", _DESCRIPTION, _EXAMPLE, _add_arguments, localize)
+)

@@ -1,0 +1,6 @@
+"""Files of a trained scene and the localizers that read them."""
+
+from posemap_fast.localize.localizer import Localizer, PoseAnswer, PoseRegressor, read_image
+from posemap_fast.localize.scene_map import SceneMap
+
+__all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "SceneMap", "read_image"]

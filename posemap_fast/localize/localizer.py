@@ -1,0 +1,137 @@
+"""`localizer.pmnet`: one image in, one camera pose out; and the protocol that later localizers share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+
+from posemap_fast.apr import APRConfig, APRNet, PoseFrame, build_aprnet
+from posemap_fast.config import from_dict, to_dict
+from posemap_fast.errors import DatasetError, FileFormatError
+from posemap_fast.files import LOCALIZER_MAGIC, read_container, write_container
+from posemap_fast.geometry import Camera, quaternion_from_matrix
+
+__all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
+
+_VERSION = 1
+_ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
+
+
+@dataclass(frozen=True)
+class PoseAnswer:
+    """Answer of a localizer for one image."""
+
+    c2w: torch.Tensor  # (4, 4) float64 camera-to-world, OpenCV axes, world units
+    sigma_t_m: float | None  # typical translation error (68 % of validation images), None when not known
+    sigma_r_deg: float | None  # typical rotation error
+    ms: float  # time from decoded image to pose
+
+    def to_dict(self, name: str) -> dict[str, Any]:
+        """One JSON line: name, c2w, t, q (w, x, y, z), sigma_t_m, sigma_r_deg, ms."""
+        return {
+            "name": name,
+            "c2w": self.c2w.tolist(),
+            "t": self.c2w[:3, 3].tolist(),
+            "q": quaternion_from_matrix(self.c2w[:3, :3]).tolist(),
+            "sigma_t_m": self.sigma_t_m,
+            "sigma_r_deg": self.sigma_r_deg,
+            "ms": round(self.ms, 3),
+        }
+
+
+class Localizer(Protocol):
+    """What every localizer offers."""
+
+    camera: Camera
+
+    def localize(self, image: torch.Tensor) -> PoseAnswer:
+        """(H, W, 3) uint8 RGB image -> pose."""
+        ...
+
+
+class PoseRegressor:
+    """Absolute pose regression: a single forward pass of APRNet.
+
+    Args:
+        net: trained network.
+        config: its configuration, stored beside it.
+        camera: intrinsics of the training images; a query must come from the same camera (any size).
+        metrics: errors on validation and test images at training time, stored in the file.
+    """
+
+    def __init__(self, net: APRNet, config: APRConfig, camera: Camera, metrics: dict[str, Any]):
+        self.net = net.eval()
+        self.config = config
+        self.camera = camera
+        self.metrics = metrics
+
+    @torch.no_grad()
+    def localize(self, image: torch.Tensor) -> PoseAnswer:
+        """(H, W, 3) uint8 RGB image of the training camera's aspect ratio -> pose."""
+        begin = time.perf_counter()
+        batch = image.permute(2, 0, 1)[None].float().div(255).contiguous(memory_format=torch.channels_last)
+        c2w = self.net(batch).c2w[0].double()
+        sigma = self.metrics.get("sigma", {})
+        elapsed = 1000 * (time.perf_counter() - begin)
+        return PoseAnswer(c2w, sigma.get("t_m"), sigma.get("r_deg"), elapsed)
+
+    def save(self, path: str | Path, scene: str) -> None:
+        """Write network, camera, frame, configuration and metrics atomically, with a checksum."""
+        header = {
+            "version": _VERSION,
+            "scene": scene,
+            "apr": to_dict(self.config),
+            "pose_frame": self.net.pose_frame.to_dict(),
+            "camera": self.camera.to_dict(),
+            "metrics": self.metrics,
+        }
+        write_container(path, LOCALIZER_MAGIC, header, self.net.state_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PoseRegressor:
+        """Read a localizer.
+
+        Raises:
+            FileFormatError: not a localizer, damaged, or of another version.
+        """
+        header, tensors = read_container(path, LOCALIZER_MAGIC)
+        if header.get("version") != _VERSION:
+            raise FileFormatError(
+                f"{path}: localizer of version {header.get('version')}, this program reads {_VERSION}; train again"
+            )
+        config = from_dict(APRConfig, header["apr"], str(path))
+        net = build_aprnet(config, PoseFrame.from_dict(header["pose_frame"]), load_weights=False)
+        net.load_state_dict(tensors)
+        return cls(net, config, Camera.from_dict(header["camera"]), header["metrics"])
+
+
+def read_image(path: str | Path, camera: Camera) -> torch.Tensor:
+    """Decode an image file to (H, W, 3) uint8 RGB and check that it can come from `camera`.
+
+    Raises:
+        DatasetError: missing, not an image, or of another aspect ratio.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such image; check the path")
+    pixels = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise DatasetError(f"{path}: not an image that can be decoded; give a PNG or JPEG file")
+    height, width = pixels.shape[:2]
+    ratio = (width / height) / (camera.width / camera.height)
+    if abs(ratio - 1) > _ASPECT_TOLERANCE:
+        raise DatasetError(
+            f"{path}: image is {width}x{height}, the localizer was trained on {camera.width}x{camera.height}: "
+            "the aspect ratio differs; crop or undistort the image as the training images were"
+        )
+    size = (camera.width, camera.height)
+    if (width, height) != size:
+        shrink = width > camera.width
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    return torch.from_numpy(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))

@@ -1,0 +1,105 @@
+"""`scene.map`: field, occupancy grid, pose branch, decoder, frames and camera of one scene in one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posemap_fast.apr import PoseFrame
+from posemap_fast.config import from_dict, to_dict
+from posemap_fast.errors import FileFormatError
+from posemap_fast.fields import FieldConfig, NeRFP, PoseDecoder
+from posemap_fast.files import MAP_MAGIC, read_container, write_container
+from posemap_fast.geometry import Camera, SceneFrame
+from posemap_fast.render import RenderConfig, Renderer
+
+__all__ = ["SceneMap"]
+
+_VERSION = 1
+
+
+@dataclass
+class SceneMap:
+    """A trained map, ready to render."""
+
+    name: str
+    nerfp: NeRFP
+    renderer: Renderer
+    decoder: PoseDecoder
+    pose_frame: PoseFrame
+    camera: Camera
+
+    @classmethod
+    def untrained(
+        cls,
+        name: str,
+        field: FieldConfig,
+        render: RenderConfig,
+        frame: SceneFrame,
+        near: float,
+        pose_frame: PoseFrame,
+        camera: Camera,
+    ) -> SceneMap:
+        """The parts of a map before training."""
+        nerfp = NeRFP(field, frame)
+        decoder = PoseDecoder(field.pose_features)
+        return cls(name, nerfp, Renderer(render, frame, near), decoder, pose_frame, camera)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map atomically, with a checksum."""
+        header = {
+            "version": _VERSION,
+            "scene": self.name,
+            "field": to_dict(self.nerfp.config),
+            "render": to_dict(self.renderer.config),
+            "near": self.renderer.near,
+            "frame": self.nerfp.frame.to_dict(),
+            "pose_frame": self.pose_frame.to_dict(),
+            "camera": self.camera.to_dict(),
+        }
+        write_container(path, MAP_MAGIC, header, self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        parts = {"nerfp": self.nerfp, "occupancy": self.renderer.occupancy, "decoder": self.decoder}
+        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+
+    @classmethod
+    def load(cls, path: str | Path, backbone: str | None = None) -> SceneMap:
+        """Read a map.
+
+        Args:
+            path: file written by `save`.
+            backbone: field backbone to evaluate it with; default the one it was trained with.
+        Raises:
+            FileFormatError: not a map, damaged, or of another version.
+            ConfigError: unknown backbone.
+        """
+        header, tensors = read_container(path, MAP_MAGIC)
+        if header.get("version") != _VERSION:
+            raise FileFormatError(
+                f"{path}: scene map of version {header.get('version')}, this program reads {_VERSION}; train again"
+            )
+        values: dict[str, Any] = header["field"]
+        if backbone is not None:
+            values = {**values, "backbone": backbone}
+        found = cls.untrained(
+            header["scene"],
+            from_dict(FieldConfig, values, str(path)),
+            from_dict(RenderConfig, header["render"], str(path)),
+            SceneFrame.from_dict(header["frame"]),
+            header["near"],
+            PoseFrame.from_dict(header["pose_frame"]),
+            Camera.from_dict(header["camera"]),
+        )
+        for part, module in (
+            ("nerfp", found.nerfp),
+            ("occupancy", found.renderer.occupancy),
+            ("decoder", found.decoder),
+        ):
+            prefix = f"{part}."
+            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        found.nerfp.requires_grad_(False)
+        return found

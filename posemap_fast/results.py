@@ -1,0 +1,314 @@
+"""Evaluation of a trained scene and the files that tell of it: summary, trajectories, report, the printed table."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import posemap_fast
+from posemap_fast import ops
+from posemap_fast.apr import APRNet
+from posemap_fast.data import FrameEstimate, Scene
+from posemap_fast.eval import (
+    ReportData,
+    ViewPicture,
+    WorstCase,
+    nearest_views,
+    pose_errors,
+    psnr_db,
+    ssim,
+    summarize,
+    write_report,
+    write_tum,
+)
+from posemap_fast.geometry import mean_pose
+from posemap_fast.localize import SceneMap
+from posemap_fast.progress import ProgressMeter
+from posemap_fast.render import ViewOutput, render_views
+from posemap_fast.run_dir import RunDirectory
+from posemap_fast.train import FieldStage, MetricsLog, TrainingViews, predict_poses
+
+__all__ = ["Outcome", "PoseErrors", "evaluate", "print_table", "summarize_run", "write_files"]
+
+SCHEMA = 1
+_SIGMA_QUANTILE = 0.68  # share of the validation images whose error is below sigma
+_PICTURES = 6  # held-out views shown in the report
+_WORST = 4  # worst cases shown in the report
+
+
+@dataclass
+class PoseErrors:
+    """Answers of one method on the test views."""
+
+    c2w: torch.Tensor  # (n, 4, 4) predicted
+    t_err_m: torch.Tensor  # (n,)
+    r_err_deg: torch.Tensor  # (n,)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Medians, means and recall."""
+        return summarize(self.t_err_m, self.r_err_deg)
+
+    @classmethod
+    def of(cls, predicted: torch.Tensor, truth: torch.Tensor) -> PoseErrors:
+        """Errors of predicted against true poses, (n, 4, 4) each."""
+        return cls(predicted, *pose_errors(predicted, truth))
+
+
+@dataclass
+class Outcome:
+    """Everything measured on the test split."""
+
+    psnr_db: list[float]  # per test view
+    ssim: list[float]
+    renders: torch.Tensor  # (n, H, W, 3) uint8 at the true test poses
+    posemaps: torch.Tensor  # (n, 256, rows, cols)
+    errors: dict[str, PoseErrors]  # decoder, pose_only, apr, aligned, mean_pose, nearest_view
+    sigma: dict[str, float]  # t_m, r_deg: 68 % of the validation images have a smaller error
+
+
+def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, index: int) -> ViewOutput:
+    """View at one pose (4, 4) with the appearance of the image `index` of `views`."""
+    codes = scene_map.nerfp.appearance_code(views.histograms[index : index + 1])
+    return render_views(
+        scene_map.renderer, scene_map.nerfp, c2w[None].float(), scene_map.camera, appearance=codes, background=0.5
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    scene_map: SceneMap,
+    nets: dict[str, APRNet],
+    views: dict[str, TrainingViews],
+    scene: Scene,
+    meter: ProgressMeter,
+) -> Outcome:
+    """Render every test view and let every method answer for every test image."""
+    train, test = views["train"], views["test"]
+    truth = scene.c2w[scene.views("test")]
+    psnrs, ssims, renders, posemaps = [], [], [], []
+    with meter.task("evaluate", total=len(test)) as task:
+        for i in range(len(test)):
+            view = render_batch(scene_map, test.c2w[i], test, i)
+            image = test.images[i].float() / 255
+            psnrs.append(psnr_db(view.rgb[0], image))
+            ssims.append(ssim(view.rgb[0], image))
+            renders.append((view.rgb[0] * 255).round().to(torch.uint8))
+            assert view.posemap is not None
+            posemaps.append(view.posemap[0])
+            task.update(i + 1, psnr_db=psnrs[-1])
+    maps = torch.stack(posemaps)
+    decoded = scene_map.pose_frame.decode(scene_map.decoder(maps))
+    train_c2w = scene.c2w[scene.views("train")]
+    answers = {
+        "decoder": decoded,
+        **{name: predict_poses(net, test.images) for name, net in nets.items()},
+        "mean_pose": mean_pose(train_c2w).expand_as(truth),
+        "nearest_view": train_c2w[nearest_views(train.images, test.images)],
+    }
+    errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
+    return Outcome(psnrs, ssims, torch.stack(renders), maps, errors, _sigma(nets["aligned"], views["val"]))
+
+
+def _sigma(net: APRNet, validation: TrainingViews) -> dict[str, float]:
+    """Typical errors on validation views; empty without any."""
+    if len(validation) == 0:
+        return {}
+    t_err, r_err = pose_errors(predict_poses(net, validation.images).double(), validation.c2w.double())
+    return {
+        "t_m": float(torch.quantile(t_err, _SIGMA_QUANTILE)),
+        "r_deg": float(torch.quantile(r_err, _SIGMA_QUANTILE)),
+    }
+
+
+def _medians(errors: PoseErrors) -> dict[str, float]:
+    summary = errors.summary
+    return {"median_t_m": summary["median_t_m"], "median_r_deg": summary["median_r_deg"]}
+
+
+def summarize_run(
+    run: RunDirectory,
+    scene: Scene,
+    estimate: FrameEstimate,
+    field_stage: FieldStage,
+    outcome: Outcome,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The content of summary.json (docs/FILES.md describes every key)."""
+    identity, errors = run.identity, outcome.errors
+    decoder = _medians(errors["decoder"])
+    field_s = max(seconds["field"], 1e-9)
+    return {
+        "schema": SCHEMA,
+        "scene": scene.name,
+        "preset": identity.preset,
+        "seed": identity.seed,
+        "protocol": identity.config.protocol,
+        "split": {"rule": scene.split_rule, **scene.counts()},
+        "unit": "m" if scene.is_metric else "scene units (not metric)",
+        "nerf": {
+            "psnr_db": float(np.mean(outcome.psnr_db)),
+            "ssim": float(np.mean(outcome.ssim)),
+            "train_s": round(seconds["field"], 2),
+            "rays_per_s": round(field_stage.totals["rays"] / field_s, 1),
+            "samples_per_ray": field_stage.totals["samples"] / max(1.0, field_stage.totals["rays"]),
+        },
+        "posemap": {
+            "decoder_median_t_m": decoder["median_t_m"],
+            "decoder_median_r_deg": decoder["median_r_deg"],
+            "train_s": round(seconds["pose_branch"], 2),
+        },
+        "apr": {**errors["apr"].summary, "train_s": round(seconds["apr"], 2)},
+        "aligned": errors["aligned"].summary,
+        "baselines": {name: _medians(errors[name]) for name in ("mean_pose", "nearest_view", "pose_only")},
+        "scene_extent_m": estimate.scene_extent,
+        "time_s": {},
+        "environment": environment(),
+        "commit": git_commit(),
+    }
+
+
+def write_files(
+    run: RunDirectory,
+    scene: Scene,
+    scene_map: SceneMap,
+    views: dict[str, TrainingViews],
+    outcome: Outcome,
+    summary: dict[str, Any],
+    log: MetricsLog,
+) -> None:
+    """Trajectories (TUM, in the order of the test names) and report.html."""
+    index = scene.views("test")
+    order = sorted(range(len(index)), key=lambda i: scene.names[index[i]])
+    truth = scene.c2w[index]
+    write_tum(run.root / "poses_test.txt", outcome.errors["aligned"].c2w[order])
+    write_tum(run.root / "poses_test_gt.txt", truth[order])
+    data = ReportData(
+        summary=summary,
+        metrics=log.rows(),
+        n_views=scene.counts(),
+        train_c2w=scene.c2w[scene.views("train")],
+        gt_c2w=truth,
+        predictions={
+            "APR + PoseMap": outcome.errors["apr"].c2w,
+            "aligned": outcome.errors["aligned"].c2w,
+            "pose loss only": outcome.errors["pose_only"].c2w,
+        },
+        views=_pictures(scene, views["test"], outcome),
+        worst=_worst_cases(scene, scene_map, views["test"], outcome),
+        is_metric=scene.is_metric,
+        notes=[scene.split_rule],
+    )
+    write_report(run.report_file, data)
+
+
+def _pictures(scene: Scene, test: TrainingViews, outcome: Outcome) -> list[ViewPicture]:
+    n = len(test)
+    chosen = np.unique(np.linspace(0, n - 1, min(n, _PICTURES)).round().astype(int)).tolist()
+    return [
+        ViewPicture(
+            scene.names[scene.views("test")[i]],
+            test.images[i],
+            outcome.renders[i],
+            outcome.posemaps[i],
+            outcome.psnr_db[i],
+        )
+        for i in chosen
+    ]
+
+
+def _worst_cases(scene: Scene, scene_map: SceneMap, test: TrainingViews, outcome: Outcome) -> list[WorstCase]:
+    """The views with the largest error relative to the medians, with renders at the true and at the answered pose."""
+    errors = outcome.errors["apr"]
+    badness = errors.t_err_m / errors.t_err_m.median().clamp(min=1e-9)
+    badness = badness + errors.r_err_deg / errors.r_err_deg.median().clamp(min=1e-9)
+    cases = []
+    for i in badness.argsort(descending=True)[:_WORST].tolist():
+        answered = render_batch(scene_map, errors.c2w[i], test, i).rgb[0]
+        cases.append(
+            WorstCase(
+                scene.names[scene.views("test")[i]],
+                float(errors.t_err_m[i]),
+                float(errors.r_err_deg[i]),
+                test.images[i],
+                outcome.renders[i],
+                answered,
+            )
+        )
+    return cases
+
+
+def finite(value: Any) -> Any:
+    """The same nested values with NaN and infinity as None: JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions that a figure depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "posemap_fast": posemap_fast.__version__,
+        "kernels": ops.backend_name(),
+        "threads": torch.get_num_threads(),
+        "processor": _processor_name(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def git_commit() -> str:
+    """Commit of the checkout that runs, with `-dirty` when it has local changes; empty outside a checkout."""
+    root = Path(posemap_fast.__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+def print_table(summary: dict[str, Any], console: Console) -> None:
+    """The one table that a run ends with."""
+    unit = "m" if summary["unit"] == "m" else "units"
+    title = f"{summary['scene']} · preset {summary['preset']} · seed {summary['seed']} · {summary['protocol']}"
+    table = Table(title=title)
+    for column in ("method", f"median t ({unit})", "median r (deg)", "5cm/5deg", "0.25m/2deg", "0.5m/5deg"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    rows = [
+        ("mean training pose", summary["baselines"]["mean_pose"]),
+        ("nearest training view", summary["baselines"]["nearest_view"]),
+        ("APR, pose loss only", summary["baselines"]["pose_only"]),
+        ("APR + PoseMap", summary["apr"]),
+        ("  + alignment", summary["aligned"]),
+    ]
+    for name, row in rows:
+        recall = row.get("recall", {})
+        shares = [f"{100 * recall[k]:.0f} %" if k in recall else "" for k in ("0.05m_5deg", "0.25m_2deg", "0.5m_5deg")]
+        table.add_row(name, f"{row['median_t_m']:.3f}", f"{row['median_r_deg']:.2f}", *shares)
+    console.print(table)
+    nerf, posemap = summary["nerf"], summary["posemap"]
+    console.print(
+        f"field: PSNR {nerf['psnr_db']:.2f} dB, SSIM {nerf['ssim']:.3f}, trained in {nerf['train_s']:.0f} s "
+        f"({nerf['rays_per_s']:.0f} rays/s) · PoseMap decoder: {posemap['decoder_median_t_m']:.3f} {unit}, "
+        f"{posemap['decoder_median_r_deg']:.2f} deg · total {summary['time_s']['total']:.0f} s"
+    )

@@ -1,0 +1,122 @@
+"""A run's directory: its files, whose run it is, and whether it is finished.
+
+A directory belongs to one scene, preset, configuration and seed; anything else is refused with the differences,
+and nothing in it is written over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posemap_fast.config import diff, to_dict
+from posemap_fast.errors import ConfigError
+from posemap_fast.experiment import ExperimentConfig
+from posemap_fast.files import write_text
+
+__all__ = ["RunDirectory", "RunIdentity"]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes two runs the same."""
+
+    scene: str  # `room` or the absolute path of a capture
+    preset: str
+    seed: int
+    config: ExperimentConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in config.yaml."""
+        return {"scene": self.scene, "preset": self.preset, "seed": self.seed, "config": to_dict(self.config)}
+
+
+class RunDirectory:
+    """Paths of one run's files, and the checks that keep runs apart."""
+
+    def __init__(self, root: Path, identity: RunIdentity):
+        self.root = root
+        self.identity = identity
+        self.config_file = root / "config.yaml"
+        self.summary_file = root / "summary.json"
+        self.map_file = root / "scene.map"
+        self.localizer_file = root / "localizer.pmnet"
+        self.report_file = root / "report.html"
+        self.metrics_file = root / "metrics.jsonl"
+        self.log_file = root / "log.txt"
+        self._check_identity()
+
+    def checkpoint(self, name: str) -> Path:
+        """File in checkpoints/."""
+        return self.root / "checkpoints" / name
+
+    def is_finished(self) -> bool:
+        """Whether the run has ended: its summary is the last file it writes."""
+        return self.summary_file.exists()
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of a finished run."""
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+
+    def _stored(self) -> dict[str, Any] | None:
+        if not self.config_file.exists():
+            return None
+        try:
+            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.config_file}: not readable as YAML; choose another --out") from error
+        if not isinstance(stored, dict) or "scene" not in stored:
+            raise ConfigError(f"{self.config_file}: not the config of a run; choose another --out")
+        return stored
+
+    def _check_identity(self) -> None:
+        stored = self._stored()
+        if stored is None:
+            self._check_foreign_files()
+            return
+        stored.pop("fingerprint", None)
+        changes = diff(stored, self.identity.to_dict())
+        if changes:
+            path, (old, new) = next(iter(changes.items()))
+            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+            raise ConfigError(
+                f"{self.root}: this directory holds another run: {path} is {old} there and {new} now{more}; "
+                "choose another --out, or remove the directory"
+            )
+
+    def _check_foreign_files(self) -> None:
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise ConfigError(
+                f"{self.root}: exists and is not the directory of a run (no config.yaml); choose another --out"
+            )
+
+    def claim(self, fingerprint: str) -> None:
+        """Write config.yaml, or check that the scene's content is still the one the run began with.
+
+        Raises:
+            ConfigError: images, poses or split have changed since.
+        """
+        stored = self._stored()
+        if stored is None:
+            content = self.identity.to_dict() | {"fingerprint": fingerprint}
+            write_text(self.config_file, yaml.safe_dump(content, sort_keys=False))
+        elif stored.get("fingerprint") != fingerprint:
+            raise ConfigError(
+                f"{self.root}: the content of scene {self.identity.scene} has changed since this run began "
+                f"(fingerprint {str(stored.get('fingerprint'))[:12]} there, {fingerprint[:12]} now); "
+                "choose another --out, or remove the directory"
+            )
+
+    def attach_log(self) -> logging.Handler:
+        """Append the package's log records to log.txt."""
+        handler = logging.FileHandler(self.log_file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("posemap_fast")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        return handler

@@ -1,0 +1,220 @@
+"""The whole product on a miniature of the scene `room`: files, resume after kills, refusals, commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from posemap_fast.cli import main
+from posemap_fast.localize import PoseRegressor, SceneMap
+
+MINIATURE = [
+    *("--preset", "smoke", "--quiet"),
+    *("--set", "data.room_train=24", "--set", "data.room_test=6", "--set", "data.room_width=64"),
+    *("--set", "nerf.steps=60", "--set", "nerf.samples_per_step=4096", "--set", "posemap.steps=30"),
+    *("--set", "apr.steps=24", "--set", "apr.validate_every=8", "--set", "checkpoint_every_s=0.5"),
+    *("--set", "network.input_size=[48,64]", "--set", "data.network_side=0", "--set", "threads=2"),
+]
+FILES = [
+    *("scene.map", "localizer.pmnet", "poses_test.txt", "poses_test_gt.txt", "summary.json", "report.html"),
+    *("metrics.jsonl", "config.yaml", "log.txt", "checkpoints"),
+]
+
+
+def command(out: Path, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "posemap_fast.cli", "train", "--out", str(out), *MINIATURE, *extra]
+
+
+def metrics(out: Path) -> dict[str, Any]:
+    """Everything in summary.json that is not a time."""
+    summary = json.loads((out / "summary.json").read_text())
+    for section in ("nerf", "posemap", "apr"):
+        summary[section].pop("train_s")
+    summary["nerf"].pop("rays_per_s")
+    return {key: value for key, value in summary.items() if key not in ("time_s", "environment", "commit")}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an uninterrupted run, made in a process of its own."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    begin = time.monotonic()
+    subprocess.run(command(out), check=True, capture_output=True)
+    (out.parent / "seconds").write_text(str(time.monotonic() - begin))
+    return out
+
+
+def test_run_leaves_every_file_of_the_contract(finished: Path) -> None:
+    assert sorted(p.name for p in finished.iterdir()) == sorted(FILES)
+    summary = json.loads((finished / "summary.json").read_text())
+    for key in ("schema", "scene", "preset", "seed", "protocol", "scene_extent_m", "environment", "commit"):
+        assert key in summary
+    assert set(summary["baselines"]) == {"mean_pose", "nearest_view", "pose_only"}
+    assert summary["apr"]["n_test"] == 6 and set(summary["apr"]["recall"]) >= {"0.05m_5deg"}
+    assert summary["time_s"]["total"] > 0
+
+
+def test_second_call_says_that_it_is_done_and_changes_nothing(finished: Path, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert main(["train", "--out", str(finished), *MINIATURE]) == 0
+    assert "already done" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_run_killed_at_random_moments_ends_with_the_same_metrics(finished: Path, tmp_path: Path) -> None:
+    whole_s = float((finished.parent / "seconds").read_text())
+    moments = random.Random(7)
+    n_kills = int(os.environ.get("POSEMAP_TEST_KILLS", "3"))
+    for _ in range(n_kills):
+        process = subprocess.Popen(
+            command(tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            process.wait(timeout=moments.uniform(0.25, 0.9) * whole_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    subprocess.run(command(tmp_path / "run"), check=True, capture_output=True)
+    assert metrics(tmp_path / "run") == metrics(finished)
+    ours, theirs = (
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (d / "metrics.jsonl").open()]
+        for d in (tmp_path / "run", finished)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--seed", "1"), "seed is 0 there and 1 now"),
+        (("--set", "apr.lr=0.5"), r"config\.apr\.lr is 0\.001 there and 0\.5 now"),
+        (("--scene", "SCENE"), "scene is room there"),
+    ],
+    ids=["seed", "config", "scene"],
+)
+def test_directory_of_another_run_is_refused(finished: Path, change, message: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "capture").mkdir()
+    change = [str(tmp_path / "capture") if word == "SCENE" else word for word in change]
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert main(["train", "--out", str(finished), *MINIATURE, *change]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "choose another --out" in error and error.count("\n") == 1
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_directory_with_other_files_is_refused_and_kept(tmp_path: Path, capsys) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["train", "--out", str(tmp_path), *MINIATURE]) == 2
+    assert "is not the directory of a run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "apr.stepz=5"], "did you mean 'steps'"),
+        (["--set", "apr.steps=many"], "apr.steps"),
+        (["--set", "field.backbone=nativ"], "did you mean 'native'"),
+        (["--preset", "cpuu"], "unknown preset"),
+        (["--scene", "no/such/folder"], "no such file or folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_2(words: list[str], message: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def write_view(folder: Path) -> Path:
+    path = folder / "query.png"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    return path
+
+
+def test_localize_prints_one_json_line_per_image(finished: Path, tmp_path: Path, capsys) -> None:
+    image = write_view(tmp_path)
+    assert main(["localize", str(finished), str(image), str(image)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2
+    assert set(lines[0]) == {"name", "c2w", "t", "q", "sigma_t_m", "sigma_r_deg", "ms"}
+    rotation = torch.tensor(lines[0]["c2w"])[:3, :3]
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), atol=1e-4, rtol=0)
+    assert lines[0]["c2w"] == lines[1]["c2w"] and lines[0]["sigma_t_m"] > 0
+
+
+def test_localizer_file_alone_is_enough(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere.pmnet"
+    moved.write_bytes((finished / "localizer.pmnet").read_bytes())
+    here, there = PoseRegressor.load(finished / "localizer.pmnet"), PoseRegressor.load(moved)
+    image = torch.zeros(48, 64, 3, dtype=torch.uint8)
+    assert torch.equal(here.localize(image).c2w, there.localize(image).c2w)
+
+
+def test_map_renders_the_same_on_another_backbone(finished: Path) -> None:
+    maps = [SceneMap.load(finished / "scene.map", name) for name in ("native", "reference")]
+    rays_o, rays_d = torch.zeros(5, 3) + torch.tensor([0.0, 0.0, 1.4]), torch.eye(3)[[0, 1, 0, 1, 2]]
+    outs = [m.renderer.render_rays(m.nerfp, rays_o, rays_d, want_posemap=True) for m in maps]
+    torch.testing.assert_close(outs[0].posemap, outs[1].posemap, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluate_reproduces_the_summary_from_the_trajectories(finished: Path, tmp_path: Path) -> None:
+    assert main(["evaluate", str(finished), "--json", str(tmp_path / "e.json")]) == 0
+    ours = json.loads((tmp_path / "e.json").read_text())
+    theirs = json.loads((finished / "summary.json").read_text())["aligned"]
+    for key in ("median_t_m", "median_r_deg", "mean_t_m"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_inspect_names_what_it_finds(finished: Path, capsys) -> None:
+    for name, kind in (("scene.map", "scene map"), ("localizer.pmnet", "localizer"), ("", "run")):
+        assert main(["inspect", str(finished / name)]) == 0
+        assert json.loads(capsys.readouterr().out)["kind"] == kind
+
+
+def test_render_writes_pictures(finished: Path, tmp_path: Path) -> None:
+    words = ["--poses", str(finished / "poses_test_gt.txt"), "--out", str(tmp_path), "--limit", "2", "--depth"]
+    assert main(["render", str(finished), *words]) == 0
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 4 and cv2.imread(str(pictures[0])).shape == (48, 64, 3)
+
+
+def test_report_is_one_page_with_pictures_and_no_address(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/") >= 6
+    assert not re.search(r"(src|href)=[\"']https?:", page)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "magic", "byte"])
+@pytest.mark.parametrize("name", ["scene.map", "localizer.pmnet"])
+def test_damaged_file_is_named_and_exit_is_2(finished: Path, name: str, damage: str, tmp_path: Path, capsys) -> None:
+    data = bytearray((finished / name).read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "magic":
+        data[:8] = b"NOTAMAP!"
+    else:
+        data[len(data) // 3] ^= 1
+    broken = tmp_path / name
+    broken.write_bytes(data)
+    poses = str(finished / "poses_test_gt.txt")
+    words = {
+        "scene.map": ["render", str(broken), "--poses", poses, "--out", str(tmp_path / "pictures")],
+        "localizer.pmnet": ["localize", str(broken), str(write_view(tmp_path))],
+    }
+    assert main(words[name]) == 2
+    error = capsys.readouterr().err
+    assert name in error and error.count("\n") == 1
