@@ -58,7 +58,7 @@ def test_backbone_is_differentiable_in_position_and_in_every_parameter(name: str
     sigma, features = field.density(x)
     total = sigma.sum() + field.rgb(features, rays_d, appearance, rays).sum() + field.pose_hidden(x, features).sum()
     total.backward()
-    assert x.grad is not None and float(x.grad.abs().min(dim=0).values.sum()) >= 0
+    assert x.grad is not None
     assert float(x.grad.abs().sum()) > 0
     for parameter in field.parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0
