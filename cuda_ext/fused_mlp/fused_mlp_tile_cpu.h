@@ -49,6 +49,8 @@ struct Product {
   int64_t c_row;  // row stride of C and of `gate`
   const T* gate;  // Store::kGate: activations h at the place of C
   int64_t rows, cols, depth;
+  const T* add = nullptr;              // kPlain, kRelu: row r adds row add_index[r] of this matrix, stride c_row
+  const int64_t* add_index = nullptr;
 };
 
 template <class T, int R, int N, bool kDepthContiguous, Store kStore>
@@ -71,6 +73,14 @@ inline void run_tile(const Product<T>& p, int64_t row, int64_t col) {
   }
   T* c = p.c + row * p.c_row + col;
   const T* gate = kStore == Store::kGate ? p.gate + row * p.c_row + col : nullptr;
+  if ((kStore == Store::kPlain || kStore == Store::kRelu) && p.add != nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const T* term = p.add + p.add_index[row + i] * p.c_row + col;
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sum[i][j] += reinterpret_cast<const Vec<T>*>(term)[j];
+    }
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8

@@ -32,7 +32,7 @@ class FieldFunctions:
 
     hash_encode: Callable[[torch.Tensor, torch.Tensor, HashGridSpec], torch.Tensor]
     sh_encode: Callable[[torch.Tensor, int], torch.Tensor]
-    fused_mlp: Callable[[torch.Tensor, torch.Tensor, MLPSpec], torch.Tensor]
+    fused_mlp: Callable[..., torch.Tensor]  # as `ops.fused_mlp`
 
 
 def _init_mlp(spec: MLPSpec, generator: torch.Generator) -> torch.Tensor:
@@ -95,15 +95,15 @@ class HashField(nn.Module):
         ray_indices: torch.Tensor,
     ) -> torch.Tensor:
         """Colour of each sample, (n, 3) in (0, 1); without `appearance` the mean one (a code of zeros)."""
-        parts = [features.geo, self._functions.sh_encode(rays_d, self.config.sh_degree)[ray_indices]]
+        view = self._functions.sh_encode(rays_d, self.config.sh_degree)
         if self.config.appearance_dim > 0:
             if appearance is None:
                 appearance = rays_d.new_zeros(rays_d.shape[0], self.config.appearance_dim)
-            parts.append(appearance[ray_indices])  # apart from the directions: only this gather has a backward
-        inputs = torch.cat(parts, dim=1)
-        return torch.sigmoid(self._functions.fused_mlp(inputs, self.colour_params, self.colour_mlp))
+            view = torch.cat([view, appearance], dim=1)
+        return torch.sigmoid(
+            self._functions.fused_mlp(features.geo, self.colour_params, self.colour_mlp, view, ray_indices)
+        )
 
     def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:
         """Hidden pose feature of each sample, (n, pose_hidden)."""
-        inputs = torch.cat([features.encoding, features.geo], dim=1)
-        return self._functions.fused_mlp(inputs, self.pose_params, self.pose_mlp)
+        return self._functions.fused_mlp(features.encoding, self.pose_params, self.pose_mlp, features.geo)

@@ -72,7 +72,10 @@ class Field(Protocol):
         appearance: torch.Tensor | None,
         ray_indices: torch.Tensor,
     ) -> torch.Tensor:
-        """Colour in (0, 1), (n, 3); `rays_d` (n_rays, 3) and `appearance` (n_rays, dim) are gathered by ray."""
+        """Colour in (0, 1), (n, 3), from `rays_d` (n_rays, 3) and `appearance` (n_rays, dim) of the samples' rays.
+
+        `ray_indices` (n,) is sorted: packed samples are, and backbones may rely on it.
+        """
         ...
 
     def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:

@@ -20,5 +20,11 @@ def build_reference(config: FieldConfig) -> HashField:
     return HashField(config, FieldFunctions(hash_encode, sh_encode, _mlp))
 
 
-def _mlp(x: torch.Tensor, params: torch.Tensor, spec: MLPSpec) -> torch.Tensor:
-    return fused_mlp(x, params, spec.dims)
+def _mlp(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    spec: MLPSpec,
+    extra: torch.Tensor | None = None,
+    extra_index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return fused_mlp(x, params, spec.dims, extra, extra_index)

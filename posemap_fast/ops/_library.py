@@ -29,6 +29,7 @@ __all__ = ["backend_name", "call", "cpu_library", "native_available", "use_backe
 
 logger = logging.getLogger(__name__)
 ABI_VERSION = 1
+_STATUS = {2: "out of memory", 3: "an index must be sorted and name existing rows"}
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHOICES = ("auto", "native", "reference")
 _forced: ContextVar[str | None] = ContextVar("posemap_fast_backend", default=None)
@@ -139,7 +140,8 @@ def call(function: str, *arguments: object) -> None:
     converted = [_convert(argument) for argument in arguments]
     status = entry(*converted, ctypes.c_int64(torch.get_num_threads()))
     if status != 0:
-        raise BackendError(f"{function} failed with status {status}: this is a bug, please report it")
+        meaning = _STATUS.get(status, "this is a bug, please report it")
+        raise BackendError(f"{function} failed with status {status}: {meaning}")
 
 
 def _convert(argument: object) -> object:

@@ -35,7 +35,7 @@ def inputs(n: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     x = torch.rand(n, 3, generator=generator)
     rays_d = torch.nn.functional.normalize(torch.randn(5, 3, generator=generator), dim=1)
     appearance = torch.randn(5, 3, generator=generator)
-    return x, rays_d, appearance, torch.arange(n) % 5
+    return x, rays_d, appearance, torch.arange(n) * 5 // n
 
 
 @pytest.mark.parametrize("name", FIELD_BACKBONES.names())

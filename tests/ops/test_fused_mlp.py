@@ -163,9 +163,15 @@ def test_opcheck_of_forward_and_backward(backend: str, rng: torch.Generator, lay
     ops = torch.ops.posemap_fast
     leaf = x.clone().requires_grad_()
     assert leaf.stride() == x.stride()
-    torch.library.opcheck(ops.fused_mlp.default, (leaf, params.clone().requires_grad_(), dims))
-    for needs in [(True, True), (True, False), (False, True)]:
-        torch.library.opcheck(ops.fused_mlp_backward.default, (cotangent, x, params, dims, *needs))
+    torch.library.opcheck(ops.fused_mlp.default, (leaf, params.clone().requires_grad_(), dims, None, None))
+    for needs in [[True, False, True], [True, False, False], [False, False, True]]:
+        torch.library.opcheck(ops.fused_mlp_backward.default, (cotangent, x, params, dims, needs, None, None))
+    rays, index = x[:3, 4:].contiguous(), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
+    for second, rows in ((x[:, 4:].contiguous(), None), (rays, index)):
+        inputs = (leaf[:, :4].detach().requires_grad_(), params.clone().requires_grad_(), dims, second, rows)
+        torch.library.opcheck(ops.fused_mlp.default, inputs)
+        needs = [True, True, True]
+        torch.library.opcheck(ops.fused_mlp_backward.default, (cotangent, x[:, :4], params, dims, needs, second, rows))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,14 +181,14 @@ def test_only_the_needed_gradient_is_computed_and_it_equals_that_of_both(
     x, params, cotangent, spec = case(rng, (35, 32, 7), 131)
     x, dims = in_layout(x, layout), list(spec.dims)
     backward = torch.ops.posemap_fast.fused_mlp_backward
-    both = backward(cotangent, x, params, dims, True, True)
-    only_x = backward(cotangent, x, params, dims, True, False)
-    only_params = backward(cotangent, x, params, dims, False, True)
-    assert torch.equal(only_x[0], both[0]) and only_x[1].numel() == 0
-    assert torch.equal(only_params[1], both[1]) and only_params[0].numel() == 0
+    both = backward(cotangent, x, params, dims, [True, False, True], None, None)
+    only_x = backward(cotangent, x, params, dims, [True, False, False], None, None)
+    only_params = backward(cotangent, x, params, dims, [False, False, True], None, None)
+    assert torch.equal(only_x[0], both[0]) and only_x[2].numel() == 0
+    assert torch.equal(only_params[2], both[2]) and only_params[0].numel() == 0
     params_leaf = params.clone().requires_grad_()
     fused_mlp(x, params_leaf, spec).backward(cotangent)
-    assert torch.equal(params_leaf.grad, both[1])
+    assert torch.equal(params_leaf.grad, both[2])
     x_leaf = x.clone().requires_grad_()
     fused_mlp(x_leaf, params, spec).backward(cotangent)
     torch.testing.assert_close(x_leaf.grad, both[0])
@@ -290,8 +296,9 @@ def test_kernel_stays_inside_its_buffers(
     c_dims = (ctypes.c_int64 * len(dims))(*dims)
     shape = (c_dims, len(dims) - 1, n)
     inner, outer = strides(dims[0]), strides(dims[-1])
-    _library.call("pmf_fused_mlp_cpu_f32", x_in, *inner, p_in, *shape, y_out)
-    _library.call("pmf_fused_mlp_backward_cpu_f32", g_in, *outer, x_in, *inner, p_in, *shape, gx_out, *inner, gp_out)
+    whole_x = (x_in, *inner, None, 0, None, n)
+    _library.call("pmf_fused_mlp_cpu_f32", *whole_x, p_in, *shape, y_out)
+    _library.call("pmf_fused_mlp_backward_cpu_f32", g_in, *outer, *whole_x, p_in, *shape, gx_out, *inner, None, gp_out)
     for storage in outputs:
         assert bool((storage[:guard] == canary).all()) and bool((storage[-guard:] == canary).all())
         assert bool(storage[guard:-guard].isfinite().all())
@@ -300,7 +307,7 @@ def test_kernel_stays_inside_its_buffers(
 def test_kernel_refuses_impossible_sizes(native: None) -> None:
     x = torch.zeros(4, 1)
     with pytest.raises(BackendError, match="pmf_fused_mlp_cpu_f32 failed with status 1"):
-        _library.call("pmf_fused_mlp_cpu_f32", x, 1, 1, x, (ctypes.c_int64 * 2)(1, 0), 1, 4, x)
+        _library.call("pmf_fused_mlp_cpu_f32", x, 1, 1, None, 0, None, 4, x, (ctypes.c_int64 * 2)(1, 0), 1, 4, x)
 
 
 @pytest.mark.parametrize(
