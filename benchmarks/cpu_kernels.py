@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -84,15 +85,15 @@ def measure(case: str, timing: Timing, repeats: int) -> Row:
     return Row(case, True, error, timing.peer_name, value, iqr, peer_value, peer_iqr, peer_value / value)
 
 
-HEADER = f"{'case':<36}{'ours ms (IQR)':>18}{'peer ms (IQR)':>20}{'ratio':>8}{'error':>9}  peer"
+HEADER = f"{'case':<30}{'ours ms (IQR)':>18}{'peer ms (IQR)':>20}{'ratio':>8}{'error':>9}  peer"
 
 
 def line(row: Row) -> str:
     """One line of the table."""
     if row.value is None:
-        return f"{row.case:<36}{'WRONG RESULT, not timed':>46}{row.error:>9.0e}  {row.peer}"
+        return f"{row.case:<30}{'WRONG RESULT, not timed':>46}{row.error:>9.0e}  {row.peer}"
     ours, peer = f"{row.value:.2f} ({row.iqr:.2f})", f"{row.peer_value:.1f} ({row.peer_iqr:.1f})"
-    return f"{row.case:<36}{ours:>18}{peer:>20}{row.ratio_to_reference:>7.1f}x{row.error:>9.0e}  {row.peer}"
+    return f"{row.case:<30}{ours:>18}{peer:>20}{row.ratio_to_reference:>7.1f}x{row.error:>9.0e}  {row.peer}"
 
 
 def _first_match(path: str, key: str) -> str:
@@ -136,6 +137,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls per side (default 7)")
     parser.add_argument("--only", metavar="NAME", default="", help=f"one case of: {', '.join(CASES)}")
     parser.add_argument("--json", metavar="F", type=Path, help="also write the figures to this file")
+    parser.add_argument("--no-header", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.only and arguments.only not in CASES:
         parser.error(f"unknown case '{arguments.only}' (known: {', '.join(CASES)})")
@@ -144,21 +146,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def run_case(name: str, repeats: int) -> list[Row]:
+    """Verify and time every part of one case in this process, and print each line as it is known."""
+    rows = []
+    with _library.use_backend("native"):
+        for part, timing in CASES[name]():
+            gc.collect()
+            rows.append(measure(f"{name}/{part}", timing, repeats))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def run_case_apart(name: str, arguments: argparse.Namespace) -> list[Row]:
+    """`run_case` in a new process: what earlier cases left of the heap would change how long torch's peers take."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "case.json"
+        command = [sys.executable, __file__, "--only", name, "--json", str(report), "--no-header"]
+        options = ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+        status = subprocess.run([*command, *options], check=False).returncode
+        if not report.exists():
+            sys.exit(status or 1)
+        return [Row(**row) for row in json.loads(report.read_text())["results"]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the cases, print the table; 1 when a result was wrong, 2 without native kernels."""
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     about = metadata(arguments)
-    print(", ".join(f"{key} {about[key]}" for key in ("cpu", "torch", "threads", "repeats", "load_1min")))
-    print(HEADER, flush=True)
-    rows = []
+    if not arguments.no_header:
+        print(", ".join(f"{key} {about[key]}" for key in ("cpu", "torch", "threads", "repeats", "load_1min")))
+        print(HEADER, flush=True)
     try:
-        with _library.use_backend("native"):
-            for name in [arguments.only] if arguments.only else CASES:
-                for part, timing in CASES[name]():
-                    gc.collect()
-                    rows.append(measure(f"{name}/{part}", timing, arguments.repeats))
-                    print(line(rows[-1]), flush=True)
+        if arguments.only:
+            rows = run_case(arguments.only, arguments.repeats)
+        else:
+            rows = [row for name in CASES for row in run_case_apart(name, arguments)]
     except BackendError as error:
         print(f"cpu_kernels: {error}", file=sys.stderr)
         return 2
