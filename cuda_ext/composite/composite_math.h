@@ -40,9 +40,9 @@ PMF_HD Attenuation<float> attenuation<float>(float tau) {
   const float shifted = y * 1.44269504f + shift;
   const float k = shifted - shift;
   const float r = (y - k * 0.693145752f) - k * 1.42860677e-6f;  // ln 2 in two parts: k times the first is exact
-  int32_t bits;
+  uint32_t bits;  // unsigned: with NaN the shift overflows
   __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) * (1 << 23);
+  bits = (bits - 0x4B400000u + 127u) << 23;
   float power;
   __builtin_memcpy(&power, &bits, sizeof power);
   float series = 1.98412698e-4f;
