@@ -8,4 +8,9 @@ python="${POSEMAP_PYTHON:-$root/.venv/bin/python}"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+if [[ $# -gt 0 ]]; then
+  exec "$python" -m pytest "$@"
+fi
+# The emulated CUDA kernels are single-threaded: two processes. All else uses two threads: one process.
+OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 tests/cuda_emulation
+exec "$python" -m pytest -q --ignore=tests/cuda_emulation

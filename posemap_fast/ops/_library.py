@@ -1,9 +1,9 @@
-"""Finds, and where needed builds, the native CPU library once per process; says why when there is none.
+"""Finds, and where needed builds, the native libraries once per process; says why when there is none.
 
-Order: the library that setup.py built beside the package, then the user's cache
-(`$PMF_CACHE_DIR` or `~/.cache/posemap_fast`), then a build into that cache (seconds, under a file lock).
-`PMF_BACKEND=reference` never looks for it; `PMF_BACKEND=native` makes its absence an error.
-Importing this module does nothing; the first op call does.
+Order for each, CPU and CUDA: (CUDA only) the file that PMF_CUDA_LIBRARY names; the library that setup.py built beside
+the package; the user's cache (`$PMF_CACHE_DIR` or `~/.cache/posemap_fast`); a build into that cache (seconds, under a
+file lock). `PMF_BACKEND=reference` never looks for them; with `PMF_BACKEND=native` the absence of the one needed
+is an error. Importing this module does nothing; the first op call on a device does.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from posemap_fast.errors import BackendError
 from posemap_fast.ops import _build
 from posemap_fast.resources import resource_dir
 
-__all__ = ["backend_name", "call", "cpu_library", "native_available", "use_backend"]
+__all__ = ["backend_name", "cpu_library", "cuda_library", "failure", "native_available", "use_backend"]
 
 logger = logging.getLogger(__name__)
-ABI_VERSION = 1
-_STATUS = {2: "out of memory", 3: "an index must be sorted and name existing rows"}
+ABI_VERSION = 2
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHOICES = ("auto", "native", "reference")
 _forced: ContextVar[str | None] = ContextVar("posemap_fast_backend", default=None)
@@ -54,28 +53,40 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def native_available() -> bool:
-    """Whether ops on CPU tensors run the native kernels here and now."""
+def native_available(device: str = "cpu") -> bool:
+    """Whether ops on tensors of this device type ("cpu", "cuda") run native kernels here and now."""
     choice = _choice()
-    if choice == "reference":
+    if choice == "reference" or device not in _LIBRARIES:
         return False
-    if cpu_library() is not None:
+    if _LIBRARIES[device]() is not None:
         return True
     if choice == "native":
-        raise BackendError(f"native kernels were asked for but are not available: {_failure()}")
+        raise BackendError(f"native kernels were asked for but are not available: {failure(device)}")
     return False
 
 
-def backend_name() -> str:
-    """`native` or `reference`: what ops on CPU tensors run."""
-    return "native" if native_available() else "reference"
+def backend_name(device: str = "cpu") -> str:
+    """`native` or `reference`: what ops on tensors of this device type run."""
+    return "native" if native_available(device) else "reference"
 
 
-_reason: list[str] = []
+_reasons: dict[str, str] = {}
 
 
-def _failure() -> str:
-    return _reason[-1] if _reason else "unknown reason"
+def failure(device: str) -> str:
+    """Why there is no library for this device type; empty when there is one or nobody has looked."""
+    return _reasons.get(device, "")
+
+
+def _give_up(device: str, error: Exception, mend: str) -> None:
+    _reasons[device] = str(error)
+    name = device.upper()
+    logger.warning(
+        "native %s kernels are not available (%s); running the slow PyTorch reference instead. %s",
+        name,
+        str(error).splitlines()[0],
+        mend,
+    )
 
 
 @functools.cache
@@ -84,13 +95,23 @@ def cpu_library() -> ctypes.CDLL | None:
     try:
         return _load(_locate())
     except (_build.BuildError, OSError, BackendError) as error:
-        _reason.append(str(error))
-        logger.warning(
-            "native CPU kernels are not available (%s); running the slow PyTorch reference instead. "
-            "Install a C++ compiler and run: python -m posemap_fast.ops._build_cli",
-            str(error).splitlines()[0],
-        )
+        _give_up("cpu", error, "Install a C++ compiler and run: python -m posemap_fast.ops._build_cli")
         return None
+
+
+@functools.cache
+def cuda_library() -> ctypes.CDLL | None:
+    """The loaded CUDA library, or None after one warning that says why and how to build it."""
+    try:
+        library = _load(_locate_cuda())
+    except (_build.BuildError, OSError, BackendError) as error:
+        _give_up("cuda", error, "To build them: python -m posemap_fast.ops._build_cli --cuda")
+        return None
+    _tell_of_ptx()
+    return library
+
+
+_LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library}
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -106,14 +127,60 @@ def _cache_dir() -> Path:
 
 
 def _locate() -> Path:
-    """Path of a library for these sources and this machine, building it when there is none."""
+    """Path of a CPU library for these sources and this machine, building it when there is none."""
     root = resource_dir("cuda_ext")
-    built = _PACKAGE / "_native" / _build.CPU_LIBRARY
-    key_file = built.with_suffix(".key")
-    key = _build.build_key(root)
-    if built.is_file() and key_file.is_file() and key_file.read_text().strip() == key:
+    return _find_or_build(
+        "CPU", _build.CPU_LIBRARY, _build.build_key(root), lambda to: _build.build_cpu_library(root, to)
+    )
+
+
+def _present_capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs here, each once."""
+    if not torch.cuda.is_available():
+        return []
+    return sorted({torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())})
+
+
+def _locate_cuda() -> Path:
+    """Path of a CUDA library for these sources and the present GPUs, building it when there is none."""
+    given = os.environ.get("PMF_CUDA_LIBRARY")
+    if given:
+        if not Path(given).is_file():
+            raise BackendError(f"PMF_CUDA_LIBRARY={given}: there is no such file")
+        return Path(given)
+    root = resource_dir("cuda_ext")
+    every = list(_build.ALL_ARCHITECTURES)
+    built = _built_with_package(_build.CUDA_LIBRARY, _build.cuda_build_key(root, every))
+    if built is not None:
         return built
-    target = _cache_dir() / key / _build.CPU_LIBRARY
+    wanted = _build.architectures(_present_capabilities())
+    key = _build.cuda_build_key(root, wanted)
+    return _find_or_build("CUDA", _build.CUDA_LIBRARY, key, lambda to: _build.build_cuda_library(root, to, wanted))
+
+
+def _tell_of_ptx() -> None:
+    """One line when a GPU is newer than every architecture that a full build knows."""
+    newest = max(map(int, _build.ALL_ARCHITECTURES))
+    for major, minor in _present_capabilities():
+        if 10 * major + minor > newest:
+            logger.info(
+                "GPU of compute capability %d.%d is newer than the library: its PTX is compiled at first load",
+                major,
+                minor,
+            )
+
+
+def _built_with_package(name: str, key: str) -> Path | None:
+    """The library that setup.py put beside the package, if its key is `key`."""
+    built = _PACKAGE / "_native" / name
+    key_file = built.with_suffix(".key")
+    matches = built.is_file() and key_file.is_file() and key_file.read_text().strip() == key
+    return built if matches else None
+
+
+def _find_or_build(label: str, name: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The library beside the package or in the cache, else a new one in the cache."""
+    target = _built_with_package(name, key) or _cache_dir() / key / name
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,36 +188,6 @@ def _locate() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same key
         if not target.is_file():
             start = time.perf_counter()
-            _build.build_cpu_library(root, target)
-            logger.warning("built native CPU kernels in %.1f s: %s", time.perf_counter() - start, target)
+            build(target)
+            logger.warning("built native %s kernels in %.1f s: %s", label, time.perf_counter() - start, target)
     return target
-
-
-def call(function: str, *arguments: object) -> None:
-    """Call `function` of the CPU library; tensors are passed as pointers, ints as int64, floats as double.
-
-    The last argument of every kernel is the number of threads, which is added here: torch's own setting.
-
-    Raises:
-        BackendError: the kernel returned an error code.
-    """
-    library = cpu_library()
-    assert library is not None, "call native_available() first"
-    entry: Callable[..., int] = getattr(library, function)
-    converted = [_convert(argument) for argument in arguments]
-    status = entry(*converted, ctypes.c_int64(torch.get_num_threads()))
-    if status != 0:
-        meaning = _STATUS.get(status, "this is a bug, please report it")
-        raise BackendError(f"{function} failed with status {status}: {meaning}")
-
-
-def _convert(argument: object) -> object:
-    if argument is None:
-        return ctypes.c_void_p(None)
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return argument  # a ctypes structure or array

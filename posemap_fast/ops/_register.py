@@ -1,7 +1,7 @@
 """Registration of ops with torch.library: schema, implementation, fake (shape) function, autograd.
 
 Every op `posemap_fast::<name>` has one Python implementation that chooses between the native kernel and the
-reference (`_library.native_available`); a backward is an op of its own, so that `opcheck` sees it.
+reference (`_faces.face_of`); a backward is an op of its own, so that `opcheck` sees it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMESPACE", "define_op", "dtype_suffix"]
+__all__ = ["NAMESPACE", "define_op"]
 
 NAMESPACE = "posemap_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def define_op(
@@ -30,7 +29,7 @@ def define_op(
 
     Args:
         schema: torch schema, e.g. `sh_encode(Tensor dirs, int degree) -> Tensor`.
-        implementation: runs for CPU tensors (native or reference inside) and, until a CUDA face exists, for others.
+        implementation: chooses the face, native or reference, by the tensors' device.
         fake: same signature, returns empty tensors of the right shape and dtype.
         setup_context, backward: as for `torch.library.register_autograd`; both or neither.
     """
@@ -42,8 +41,3 @@ def define_op(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def dtype_suffix(tensor: torch.Tensor) -> str:
-    """`f32` or `f64`: the suffix of the native function for this dtype."""
-    return _SUFFIX[tensor.dtype]

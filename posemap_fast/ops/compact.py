@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from posemap_fast.errors import ShapeError
-from posemap_fast.ops import _library
-from posemap_fast.ops._register import define_op, dtype_suffix
-from posemap_fast.ops.composite import check_ray_offsets, check_samples, runs_native
+from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._register import define_op
+from posemap_fast.ops.composite import check_ray_offsets, check_samples
 from posemap_fast.ops.reference import compact as reference
 
 __all__ = ["CompactResult", "compact"]
@@ -66,17 +66,19 @@ def _compact(
     alpha_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_ray_offsets("compact", ray_offsets, len(sigmas))
-    if not runs_native(sigmas):
+    face = face_of(sigmas)
+    if face is None:
         return reference.compact(sigmas, t_starts, t_ends, ray_offsets, transmittance_eps, alpha_eps)
     samples = [t.contiguous() for t in (sigmas, t_starts, t_ends)]
     offsets = ray_offsets.contiguous()
     sizes = (len(offsets) - 1, len(sigmas))
-    mask = torch.empty(len(sigmas), dtype=torch.uint8)
-    kept_offsets = torch.empty(len(offsets), dtype=torch.int64)
-    function = f"pmf_compact_count_cpu_{dtype_suffix(sigmas)}"
-    _library.call(function, *samples, offsets, mask, kept_offsets, *sizes, transmittance_eps, alpha_eps)
-    indices = torch.empty(int(kept_offsets[-1]), dtype=torch.int64)
-    _library.call("pmf_compact_fill_cpu", offsets, mask, kept_offsets, indices, *sizes)
+    mask = sigmas.new_empty(len(sigmas), dtype=torch.uint8)
+    kept_offsets = torch.empty_like(offsets)
+    scratch = face.scratch("scan_scratch", sigmas, sizes[0])
+    thresholds = (transmittance_eps, alpha_eps)
+    face.call("compact_count", sigmas, *samples, offsets, mask, kept_offsets, *sizes, *thresholds, *scratch)
+    indices = offsets.new_empty(int(kept_offsets[-1]))
+    face.run(f"pmf_compact_fill_{face.device}", sigmas, offsets, mask, kept_offsets, indices, *sizes)
     return indices, kept_offsets
 
 

@@ -11,8 +11,8 @@ import torch
 
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import BackendError, ShapeError
-from posemap_fast.ops import _library
-from posemap_fast.ops._register import define_op, dtype_suffix
+from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference import composite as reference
 
 __all__ = ["CompositeOutput", "check_ray_offsets", "check_samples", "composite"]
@@ -91,20 +91,18 @@ def check_samples(
 def check_ray_offsets(where: str, ray_offsets: torch.Tensor, n_samples: int) -> None:
     """Raise `ShapeError` unless `ray_offsets` runs from 0 to `n_samples` without decrease.
 
-    Looks at values, so it belongs inside an op, where tracing does not come.
+    Looks at values, so it belongs inside an op, where tracing does not come. On a GPU the values are taken on trust:
+    to look at them, every call would have to wait for the device.
     """
     if len(ray_offsets) == 0:
         raise ShapeError(f"{where}: ray_offsets must have n_rays + 1 entries; got none")
+    if ray_offsets.device.type != "cpu":
+        return
     first, last = int(ray_offsets[0]), int(ray_offsets[-1])
     if first != 0 or last != n_samples:
         raise ShapeError(f"{where}: ray_offsets must run from 0 to {n_samples} samples; got {first} to {last}")
     if bool((ray_offsets[1:] < ray_offsets[:-1]).any()):
         raise ShapeError(f"{where}: ray_offsets must not decrease; did you pass counts instead of their running sum?")
-
-
-def runs_native(tensor: torch.Tensor) -> bool:
-    """Whether an op on `tensor` runs the native CPU kernel."""
-    return tensor.device.type == "cpu" and _library.native_available()
 
 
 def _strided_rows(features: torch.Tensor) -> torch.Tensor:
@@ -126,15 +124,15 @@ def _composite(
     early_stop_eps: float,
 ) -> Tensors:
     check_ray_offsets("composite", ray_offsets, len(sigmas))
-    if not runs_native(sigmas):
+    face = face_of(sigmas)
+    if face is None:
         return reference.composite(sigmas, t_starts, t_ends, rgbs, features, ray_offsets, early_stop_eps)
     n_rays, (n_samples, n_channels) = len(ray_offsets) - 1, features.shape
     outputs = _composite_fake(sigmas, t_starts, t_ends, rgbs, features, ray_offsets, early_stop_eps)
     rows = _strided_rows(features)
     inputs = [t.contiguous() for t in (sigmas, t_starts, t_ends, rgbs)]
     sizes = (n_rays, n_samples, n_channels, _row_stride(rows))
-    function = f"pmf_composite_cpu_{dtype_suffix(sigmas)}"
-    _library.call(function, *inputs, rows, ray_offsets.contiguous(), *outputs, *sizes, early_stop_eps)
+    face.call("composite", sigmas, *inputs, rows, ray_offsets.contiguous(), *outputs, *sizes, early_stop_eps)
     return outputs
 
 
@@ -186,7 +184,8 @@ def _backward(
 ) -> Tensors:
     cotangents = (grad_rgb, grad_depth, grad_opacity, grad_features, grad_weights)
     inputs = (sigmas, t_starts, t_ends, rgbs, features)
-    if not runs_native(sigmas):
+    face = face_of(sigmas)
+    if face is None:
         found = reference.composite_backward(cotangents, *inputs, ray_offsets, early_stop_eps)
         return tuple(g if need else g.new_empty(0) for g, need in zip(found, needs, strict=True))
     grads = _empty_grads(inputs, needs)
@@ -197,9 +196,8 @@ def _backward(
     given = [None if c is None else c.contiguous() for c in cotangents]
     scalars = [t.contiguous() for t in inputs[:4]]
     sizes = (len(ray_offsets) - 1, *features.shape, _row_stride(rows))
-    function = f"pmf_composite_backward_cpu_{dtype_suffix(sigmas)}"
     fixed = (*scalars, rows, ray_offsets.contiguous(), weights)
-    _library.call(function, *fixed, *given, *wanted, *sizes, early_stop_eps)
+    face.call("composite_backward", sigmas, *fixed, *given, *wanted, *sizes, early_stop_eps)
     return grads
 
 

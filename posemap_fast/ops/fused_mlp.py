@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import BackendError, ConfigError, ShapeError
-from posemap_fast.ops import _library
-from posemap_fast.ops._register import define_op, dtype_suffix
+from posemap_fast.ops._faces import Face, face_of
+from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
 from posemap_fast.ops.reference.fused_mlp import fused_mlp_gradients as reference_gradients
 from posemap_fast.ops.reference.fused_mlp import split_params
@@ -94,8 +95,18 @@ def fused_mlp(
     return _fused_mlp(x, params, list(spec.dims), extra, extra_index)
 
 
-def _is_native(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and _library.native_available()
+_WIDEST_ON_GPU = 256
+
+
+def _face(x: torch.Tensor, dims: list[int]) -> Face | None:
+    """The kernel's face; the CUDA one is made of tensor core tiles: float32 rows and layers up to 256 wide."""
+    face = face_of(x, cuda_dtypes=(torch.float32,))
+    return None if face is not None and face.device == "cuda" and max(dims) > _WIDEST_ON_GPU else face
+
+
+def _scratch(face: Face, x: torch.Tensor, dims: list[int], extra: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    width = 0 if extra is None else extra.shape[1]
+    return face.scratch("fused_mlp_cuda_scratch", x, _c_dims(dims), len(dims) - 1, len(x), width)
 
 
 def _c_dims(dims: list[int]) -> ctypes.Array[ctypes.c_int64]:
@@ -124,13 +135,15 @@ def _forward(
     extra: torch.Tensor | None,
     extra_index: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not _is_native(x):
+    face = _face(x, dims)
+    if face is None:
         return reference_mlp(x, params, dims, extra, extra_index)
     out = x.new_empty((x.shape[0], dims[-1]))
-    _library.call(
-        f"pmf_fused_mlp_cpu_{dtype_suffix(x)}",
+    face.call(
+        "fused_mlp",
+        x,
         *(x, x.stride(0), x.stride(1), *_extra_arguments(x, extra, extra_index), params.contiguous()),
-        *(_c_dims(dims), len(dims) - 1, x.shape[0], out),
+        *(_c_dims(dims), len(dims) - 1, x.shape[0], out, *_scratch(face, x, dims, extra)),
     )
     return out
 
@@ -156,7 +169,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, extra and params; one that is not in `needs` is an empty tensor."""
     buffers = _backward_fake(grad, x, params, dims, needs, extra, extra_index)
-    if not _is_native(x):
+    face = _face(x, dims)
+    if face is None:
         found = reference_gradients(grad, x, params, dims, extra, extra_index)
         for buffer, value, needed in zip(buffers, found, needs, strict=True):
             if needed and value is not None:
@@ -165,11 +179,19 @@ def _backward(
     grad_x, grad_extra, grad_params = (
         buffer if needed else None for buffer, needed in zip(buffers, needs, strict=True)
     )
-    _library.call(
-        f"pmf_fused_mlp_backward_cpu_{dtype_suffix(x)}",
+    face.call(
+        "fused_mlp_backward",
+        x,
         *(grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1)),
         *(*_extra_arguments(x, extra, extra_index), params.contiguous(), _c_dims(dims), len(dims) - 1, x.shape[0]),
-        *(grad_x, buffers[0].stride(0), buffers[0].stride(-1), grad_extra, grad_params),
+        *(
+            grad_x,
+            buffers[0].stride(0),
+            buffers[0].stride(-1),
+            grad_extra,
+            grad_params,
+            *_scratch(face, x, dims, extra),
+        ),
     )
     return buffers
 

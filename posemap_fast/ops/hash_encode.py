@@ -16,8 +16,8 @@ import torch
 
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import ShapeError
-from posemap_fast.ops import _library
-from posemap_fast.ops._register import define_op, dtype_suffix
+from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference.hash_encode import hash_encode as reference_hash_encode
 from posemap_fast.ops.reference.hash_encode import hash_encode_gradients as reference_gradients
 
@@ -112,7 +112,8 @@ def hash_encode(x: torch.Tensor, table: torch.Tensor, spec: HashGridSpec) -> tor
     are inside). NaN counts as 0 with gradient 0: a bad point never reads outside the table.
     Args:
         x: (n, 3) float32/64, points in the unit cube.
-        table: (spec.n_entries, spec.n_features_per_level) same dtype and device.
+        table: (spec.n_entries, spec.n_features_per_level) same dtype and device; float16 is taken with float32 points
+            (half the memory traffic on a GPU; converted elsewhere), its gradient is summed in float32.
         spec: levels, rows and resolutions.
     Returns:
         (n, spec.output_dim) view of a contiguous (spec.output_dim, n) buffer: level-major order is what makes large
@@ -126,7 +127,8 @@ def hash_encode(x: torch.Tensor, table: torch.Tensor, spec: HashGridSpec) -> tor
     expect_shape("hash_encode", "x", x, (None, 3))
     expect_shape("hash_encode", "table", table, (spec.n_entries, spec.n_features_per_level))
     expect_dtype("hash_encode", "x", x, (torch.float32, torch.float64))
-    expect_dtype("hash_encode", "table", table, (x.dtype,))
+    half = (torch.float16,) if x.dtype == torch.float32 else ()
+    expect_dtype("hash_encode", "table", table, (x.dtype, *half))
     expect_same_device("hash_encode", x=x, table=table)
     return _op(x, table, *_numbers(spec))
 
@@ -144,17 +146,29 @@ def _numbers(spec: HashGridSpec) -> tuple[int, int, int, int, int]:
 _spec = functools.lru_cache(maxsize=256)(HashGridSpec)  # spec of the numbers that travel through the schema
 
 
-def _is_native(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and _library.native_available()
+_ALIGNMENT = 16  # bytes: the CUDA kernels fetch rows in words of up to this size
+
+
+def _aligned(table: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and at an address that whole words can be read from."""
+    table = table.contiguous()
+    return table.clone() if table.data_ptr() % _ALIGNMENT else table
 
 
 def _forward(x: torch.Tensor, table: torch.Tensor, *numbers: int) -> torch.Tensor:
     spec = _spec(*numbers)
-    if not _is_native(x):
+    face = face_of(x)
+    has_half_face = face is not None and face.device == "cuda" and x.dtype == torch.float32
+    if table.dtype != x.dtype and not has_half_face:
+        table = table.to(x.dtype)
+    if face is None:
         return reference_hash_encode(x, table, spec)
     out = x.new_empty(spec.output_dim, len(x))
-    function = f"pmf_hash_encode_cpu_{dtype_suffix(x)}"
-    _library.call(function, x.contiguous(), len(x), table.contiguous(), *spec.native_arguments, out)
+    if table.dtype != x.dtype:
+        inputs = (x.contiguous(), len(x), _aligned(table))
+        face.run("pmf_hash_encode_cuda_f16table_f32", x, *inputs, *spec.native_arguments, out)
+        return out.t()
+    face.call("hash_encode", x, x.contiguous(), len(x), _aligned(table), *spec.native_arguments, out)
     return out.t()
 
 
@@ -164,11 +178,12 @@ def _forward_fake(x: torch.Tensor, table: torch.Tensor, *numbers: int) -> torch.
 
 def _backward_table(grad: torch.Tensor, x: torch.Tensor, *numbers: int) -> torch.Tensor:
     spec = _spec(*numbers)
-    if not _is_native(x):
+    face = face_of(x)
+    if face is None:
         return reference_gradients(grad, x, None, spec)
     grad_table = x.new_empty(spec.n_entries, spec.n_features_per_level)
-    function = f"pmf_hash_encode_backward_table_cpu_{dtype_suffix(x)}"
-    _library.call(function, x.contiguous(), len(x), grad.t().contiguous(), *spec.native_arguments, grad_table)
+    columns = grad.t().contiguous()
+    face.call("hash_encode_backward_table", x, x.contiguous(), len(x), columns, *spec.native_arguments, grad_table)
     return grad_table
 
 
@@ -178,14 +193,13 @@ def _backward_table_fake(grad: torch.Tensor, x: torch.Tensor, *numbers: int) -> 
 
 
 def _backward_x(grad: torch.Tensor, x: torch.Tensor, table: torch.Tensor, *numbers: int) -> torch.Tensor:
-    spec = _spec(*numbers)
-    if not _is_native(x):
+    spec, table = _spec(*numbers), table.to(x.dtype)
+    face = face_of(x)
+    if face is None:
         return reference_gradients(grad, x, table, spec)
     grad_x = x.new_empty(len(x), 3)
-    function = f"pmf_hash_encode_backward_x_cpu_{dtype_suffix(x)}"
-    _library.call(
-        function, x.contiguous(), len(x), grad.t().contiguous(), table.contiguous(), *spec.native_arguments, grad_x
-    )
+    inputs = (x.contiguous(), len(x), grad.t().contiguous(), _aligned(table))
+    face.call("hash_encode_backward_x", x, *inputs, *spec.native_arguments, grad_x)
     return grad_x
 
 
@@ -203,7 +217,7 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
     x, table = ctx.saved_tensors
     need_x, need_table = ctx.needs_input_grad[:2]
     grad_x = _op_backward_x(grad, x, table, *ctx.numbers) if need_x else None
-    grad_table = _op_backward_table(grad, x, *ctx.numbers) if need_table else None
+    grad_table = _op_backward_table(grad, x, *ctx.numbers).to(table.dtype) if need_table else None
     return grad_x, grad_table, *(None for _ in ctx.numbers)
 
 

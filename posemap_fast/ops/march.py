@@ -15,9 +15,9 @@ import torch
 
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import ConfigError, ShapeError
-from posemap_fast.ops import _library
-from posemap_fast.ops._register import define_op, dtype_suffix
-from posemap_fast.ops.composite import FLOATS, runs_native
+from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._register import define_op
+from posemap_fast.ops.composite import FLOATS
 from posemap_fast.ops.reference import march as reference
 
 __all__ = ["MarchResult", "MarchSpec", "cells_of", "march", "occupied_at", "pack_bits"]
@@ -178,16 +178,16 @@ def _march(
     max_samples: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     spec = MarchSpec(resolution, n_cascades, step_min, step_max, cone_angle, max_samples)
-    if not runs_native(rays_o):
+    face = face_of(rays_o)
+    if face is None:
         return reference.march(rays_o, rays_d, near, far, aabb, bitfield, jitter, spec)
     rays = [None if t is None else t.contiguous() for t in (rays_o, rays_d, near, far, jitter)]
     fixed = (*rays, aabb.contiguous(), bitfield.contiguous(), len(rays_o), *astuple(spec))
-    ray_offsets = torch.empty(len(rays_o) + 1, dtype=torch.int64)
-    suffix = dtype_suffix(rays_o)
-    _library.call(f"pmf_march_count_cpu_{suffix}", *fixed, ray_offsets)
-    n_samples = int(ray_offsets[-1])
+    ray_offsets = rays_o.new_empty(len(rays_o) + 1, dtype=torch.int64)
+    face.call("march_count", rays_o, *fixed, ray_offsets, *face.scratch("scan_scratch", rays_o, len(rays_o)))
+    n_samples = int(ray_offsets[-1])  # on a GPU the one wait of a march: the size of its result
     t_starts, t_ends = rays_o.new_empty(n_samples), rays_o.new_empty(n_samples)
-    _library.call(f"pmf_march_fill_cpu_{suffix}", *fixed, ray_offsets, t_starts, t_ends)
+    face.call("march_fill", rays_o, *fixed, ray_offsets, t_starts, t_ends)
     return ray_offsets, t_starts, t_ends
 
 
@@ -198,10 +198,11 @@ def _march_fake(rays_o: torch.Tensor, *_others: object) -> tuple[torch.Tensor, t
 
 
 def _pack_bits(occs: torch.Tensor, threshold: float) -> torch.Tensor:
-    if not runs_native(occs):
+    face = face_of(occs)
+    if face is None:
         return reference.pack_bits(occs, threshold)
-    bits = torch.empty(len(occs) // 8, dtype=torch.uint8)
-    _library.call(f"pmf_pack_bits_cpu_{dtype_suffix(occs)}", occs.contiguous(), bits, len(bits), threshold)
+    bits = occs.new_empty(len(occs) // 8, dtype=torch.uint8)
+    face.call("pack_bits", occs, occs.contiguous(), bits, len(bits), threshold)
     return bits
 
 

@@ -12,8 +12,8 @@ import torch
 
 from posemap_fast.checks import expect_dtype, expect_shape
 from posemap_fast.errors import ShapeError
-from posemap_fast.ops import _library
-from posemap_fast.ops._register import define_op, dtype_suffix
+from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference.sh_encode import sh_encode as reference_sh_encode
 from posemap_fast.ops.reference.sh_encode import sh_encode_gradient as reference_gradient
 
@@ -44,15 +44,12 @@ def sh_encode(dirs: torch.Tensor, degree: int) -> torch.Tensor:
     return _op(dirs, degree)
 
 
-def _is_native(dirs: torch.Tensor) -> bool:
-    return dirs.device.type == "cpu" and _library.native_available()
-
-
 def _forward(dirs: torch.Tensor, degree: int) -> torch.Tensor:
-    if not _is_native(dirs):
+    face = face_of(dirs)
+    if face is None:
         return reference_sh_encode(dirs, degree)
     out = dirs.new_empty(len(dirs), degree**2)
-    _library.call(f"pmf_sh_encode_cpu_{dtype_suffix(dirs)}", dirs.contiguous(), len(dirs), degree, out)
+    face.call("sh_encode", dirs, dirs.contiguous(), len(dirs), degree, out)
     return out
 
 
@@ -61,11 +58,11 @@ def _forward_fake(dirs: torch.Tensor, degree: int) -> torch.Tensor:
 
 
 def _backward(grad: torch.Tensor, dirs: torch.Tensor, degree: int) -> torch.Tensor:
-    if not _is_native(dirs):
+    face = face_of(dirs)
+    if face is None:
         return reference_gradient(grad, dirs, degree)
     grad_dirs = dirs.new_empty(len(dirs), 3)
-    function = f"pmf_sh_encode_backward_cpu_{dtype_suffix(dirs)}"
-    _library.call(function, dirs.contiguous(), len(dirs), degree, grad.contiguous(), grad_dirs)
+    face.call("sh_encode_backward", dirs, dirs.contiguous(), len(dirs), degree, grad.contiguous(), grad_dirs)
     return grad_dirs
 
 

@@ -10,6 +10,7 @@ import torch
 
 from posemap_fast.errors import ShapeError
 from posemap_fast.ops import _library
+from posemap_fast.ops._faces import cpu_face
 from posemap_fast.ops.compact import compact
 from posemap_fast.ops.composite import composite
 from posemap_fast.ops.reference import compact as reference
@@ -132,8 +133,8 @@ def test_indices_are_written_in_bounds() -> None:
     indices = torch.full((len(want.indices) + 16,), -7)
     sizes = (len(offsets) - 1, len(sigmas))
     fixed = (sigmas, t_starts, t_ends, offsets, mask[8:], kept_offsets[8:])
-    _library.call("pmf_compact_count_cpu_f64", *fixed, *sizes, 1e-3, 0.0)
-    _library.call("pmf_compact_fill_cpu", offsets, mask[8:], kept_offsets[8:], indices[8:], *sizes)
+    cpu_face().run("pmf_compact_count_cpu_f64", torch.empty(0), *fixed, *sizes, 1e-3, 0.0)
+    cpu_face().run("pmf_compact_fill_cpu", torch.empty(0), offsets, mask[8:], kept_offsets[8:], indices[8:], *sizes)
     assert torch.equal(indices[8:-8], want.indices) and torch.equal(kept_offsets[8:-8], want.ray_offsets)
     for buffer, sentinel in ((mask, 77), (kept_offsets, -7), (indices, -7)):
         assert (buffer[:8] == sentinel).all() and (buffer[-8:] == sentinel).all()

@@ -10,6 +10,7 @@ import torch
 
 from posemap_fast.errors import ShapeError
 from posemap_fast.ops import _library
+from posemap_fast.ops._faces import cpu_face
 from posemap_fast.ops.composite import CompositeOutput, composite
 from posemap_fast.ops.reference import composite as reference
 from posemap_fast.seeding import step_generator
@@ -218,7 +219,7 @@ def test_outputs_are_written_in_bounds(channels: int) -> None:
     buffers = [torch.full((v.numel() + 32,), -7.0) for v in want]
     sizes = (len(want.depth), len(want.weights), channels, channels, 1e-4)
     inputs = (samples[k] for k in ("sigmas", "t_starts", "t_ends", "rgbs", "features", "ray_offsets"))
-    _library.call("pmf_composite_cpu_f32", *inputs, *(b[16:] for b in buffers), *sizes)
+    cpu_face().run("pmf_composite_cpu_f32", torch.empty(0), *inputs, *(b[16:] for b in buffers), *sizes)
     for buffer, value in zip(buffers, want, strict=True):
         assert torch.equal(buffer[16:-16], value.flatten())
         assert (buffer[:16] == -7).all() and (buffer[-16:] == -7).all()

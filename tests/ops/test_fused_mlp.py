@@ -10,6 +10,7 @@ import torch
 
 from posemap_fast.errors import BackendError, ConfigError, ShapeError
 from posemap_fast.ops import _library
+from posemap_fast.ops._faces import cpu_face
 from posemap_fast.ops.fused_mlp import MLPSpec, fused_mlp
 from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
 from posemap_fast.seeding import step_generator
@@ -297,8 +298,20 @@ def test_kernel_stays_inside_its_buffers(
     shape = (c_dims, len(dims) - 1, n)
     inner, outer = strides(dims[0]), strides(dims[-1])
     whole_x = (x_in, *inner, None, 0, None, n)
-    _library.call("pmf_fused_mlp_cpu_f32", *whole_x, p_in, *shape, y_out)
-    _library.call("pmf_fused_mlp_backward_cpu_f32", g_in, *outer, *whole_x, p_in, *shape, gx_out, *inner, None, gp_out)
+    cpu_face().run("pmf_fused_mlp_cpu_f32", torch.empty(0), *whole_x, p_in, *shape, y_out)
+    cpu_face().run(
+        "pmf_fused_mlp_backward_cpu_f32",
+        torch.empty(0),
+        g_in,
+        *outer,
+        *whole_x,
+        p_in,
+        *shape,
+        gx_out,
+        *inner,
+        None,
+        gp_out,
+    )
     for storage in outputs:
         assert bool((storage[:guard] == canary).all()) and bool((storage[-guard:] == canary).all())
         assert bool(storage[guard:-guard].isfinite().all())
@@ -307,7 +320,9 @@ def test_kernel_stays_inside_its_buffers(
 def test_kernel_refuses_impossible_sizes(native: None) -> None:
     x = torch.zeros(4, 1)
     with pytest.raises(BackendError, match="pmf_fused_mlp_cpu_f32 failed with status 1"):
-        _library.call("pmf_fused_mlp_cpu_f32", x, 1, 1, None, 0, None, 4, x, (ctypes.c_int64 * 2)(1, 0), 1, 4, x)
+        cpu_face().run(
+            "pmf_fused_mlp_cpu_f32", torch.empty(0), x, 1, 1, None, 0, None, 4, x, (ctypes.c_int64 * 2)(1, 0), 1, 4, x
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from posemap_fast.errors import ConfigError, ShapeError
 from posemap_fast.ops import _library
+from posemap_fast.ops._faces import cpu_face
 from posemap_fast.ops.march import MarchResult, MarchSpec, cells_of, march, occupied_at, pack_bits
 from posemap_fast.ops.reference import march as reference
 from posemap_fast.seeding import step_generator
@@ -280,8 +281,15 @@ def test_fill_writes_only_its_samples(dtype: torch.dtype) -> None:
     fixed = [rays[k] for k in ("rays_o", "rays_d", "near", "far", "jitter", "aabb")]
     sizes = (50, spec.resolution, spec.n_cascades, spec.step_min, spec.step_max, spec.cone_angle, spec.max_samples)
     suffix = "f32" if dtype == torch.float32 else "f64"
-    _library.call(
-        f"pmf_march_fill_cpu_{suffix}", *fixed, bits, *sizes, want.ray_offsets, buffers[0, 8:], buffers[1, 8:]
+    cpu_face().run(
+        f"pmf_march_fill_cpu_{suffix}",
+        torch.empty(0),
+        *fixed,
+        bits,
+        *sizes,
+        want.ray_offsets,
+        buffers[0, 8:],
+        buffers[1, 8:],
     )
     assert torch.equal(buffers[0, 8:-8], want.t_starts) and torch.equal(buffers[1, 8:-8], want.t_ends)
     assert (buffers[:, :8] == -7).all() and (buffers[:, -8:] == -7).all()
