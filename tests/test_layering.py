@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 RANKS = {  # first part of the module's name below the package -> rank
     "errors": -1,
-    **dict.fromkeys(["registry", "checks", "seeding", "files", "resources", "progress"], 0),
+    **dict.fromkeys(["registry", "checks", "seeding", "files", "resources", "progress", "optional"], 0),
     **dict.fromkeys(["geometry", "config"], 1),
     "ops": 2,
-    **dict.fromkeys(["fields", "render", "apr", "losses", "data"], 3),
+    **dict.fromkeys(["fields", "render", "apr", "losses", "data", "backends"], 3),
     **dict.fromkeys(["train", "localize", "eval"], 4),
-    **dict.fromkeys(["experiment", "run_dir", "results", "pipeline"], 5),
+    **dict.fromkeys(["environment", "experiment", "run_dir", "results", "pipeline"], 5),
     "commands": 6,
     **dict.fromkeys(["cli", "bench"], 7),
 }

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from posemap_fast.commands.base import COMMANDS, Command
 from posemap_fast.data import Scene, estimate_frame, load_scene
+from posemap_fast.environment import Component, Environment, gather_environment
 from posemap_fast.errors import DatasetError
 from posemap_fast.files import LOCALIZER_MAGIC, MAP_MAGIC, read_container
 from posemap_fast.geometry import rotation_angle_deg
-from posemap_fast.results import environment
 
 __all__ = ["inspect"]
 
@@ -26,12 +28,14 @@ _EXAMPLE = """\
 examples:
   posemap inspect my_capture
   posemap inspect runs/room/scene.map
-  posemap inspect --environment"""
+  posemap inspect --environment            what can run here, what is missing, and the line that installs it
+  posemap inspect --environment --json"""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", help="file or folder, or `room`")
     parser.add_argument("--environment", action="store_true", help="versions, kernels and devices of this machine")
+    parser.add_argument("--json", action="store_true", help="with --environment: JSON instead of a table")
 
 
 def describe_file(path: Path) -> dict[str, Any] | None:
@@ -70,10 +74,46 @@ def describe_scene(scene: Scene) -> dict[str, Any]:
     }
 
 
+def _environment_rows(found: Environment) -> dict[str, Component]:
+    """Everything of the table, one row each."""
+    gpus = "\n".join(f"{gpu.name}, capability {gpu.capability}, {gpu.memory_gib} GiB" for gpu in found.gpus)
+    return {
+        "posemap_fast": Component(found.posemap_fast),
+        "Python": Component(f"{found.python} on {found.platform}"),
+        "processor": Component(f"{found.processor}, {found.cores} cores"),
+        "torch": Component(f"{found.torch}, {found.threads} threads"),
+        "CUDA runtime": Component(found.cuda_runtime, None if found.cuda_runtime else "torch is a CPU build"),
+        "CUDA driver": found.cuda_driver,
+        "GPUs": Component(gpus, None if gpus else "torch sees none"),
+        "C++ compiler": found.compiler,
+        "nvcc": found.nvcc,
+        "native CPU kernels": found.native_cpu,
+        "native CUDA kernels": found.native_cuda,
+        "tinycudann": found.tinycudann,
+        "nerfacc": found.nerfacc,
+    }
+
+
+def print_environment(found: Environment, console: Console) -> None:
+    """A table of what is there and what is not, and below it the mends, unbroken so that they can be copied."""
+    rows = _environment_rows(found)
+    table = Table("part", "found", "problem", show_lines=False)
+    for name, part in rows.items():
+        table.add_row(name, escape(part.found or "-"), escape(part.problem or ""))
+    console.print(table)
+    for name, part in rows.items():
+        if part.mend:
+            console.print(f"{name}: {escape(part.mend)}", soft_wrap=True, highlight=False)
+
+
 def inspect(options: argparse.Namespace) -> int:
-    """Print a JSON description."""
+    """Print a description: JSON, but for the environment a table unless --json is given."""
     if options.environment:
-        Console().print_json(json.dumps(environment()))
+        found = gather_environment()
+        if options.json:
+            Console().print_json(json.dumps(found.to_dict()))
+        else:
+            print_environment(found, Console())
     if options.target is None:
         if not options.environment:
             raise DatasetError("nothing to inspect; give a file, a folder, `room` or --environment")

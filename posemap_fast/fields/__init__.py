@@ -1,6 +1,6 @@
 """Radiance fields: hash-grid backbones behind one protocol, and NeRF-P (colour, density and pose branch)."""
 
-from posemap_fast.fields import native, reference  # registration
+from posemap_fast.fields import native, reference, tcnn  # registration
 from posemap_fast.fields.appearance import AppearanceEncoder, luminance_histogram
 from posemap_fast.fields.decoder import PoseDecoder
 from posemap_fast.fields.hash_field import HashField
@@ -19,4 +19,5 @@ __all__ = [
     "luminance_histogram",
     "native",
     "reference",
+    "tcnn",
 ]

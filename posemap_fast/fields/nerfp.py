@@ -68,4 +68,4 @@ class NeRFP(nn.Module):
         config = dataclasses.replace(self.config, backbone=name)
         other = NeRFP(config, self.frame, None if self.appearance is None else self.appearance.mean_histogram)
         other.load_state_dict(self.state_dict())
-        return other.to(self.projection.weight.dtype)
+        return other.to(self.projection.weight)  # its device and dtype

@@ -19,7 +19,7 @@ __all__ = ["FIELD_BACKBONES", "Field", "FieldConfig", "FieldFeatures"]
 class FieldConfig:
     """Size of the hash grid and of the heads (DESIGN section 5; Müller et al. 2022, arXiv:2201.05989)."""
 
-    backbone: str = "native"  # a name in FIELD_BACKBONES; any of them can read a map trained by another
+    backbone: str = "native"  # a name in FIELD_BACKBONES, each reads the maps of all, or auto
     n_levels: int = 16  # resolutions of the hash grid
     n_features_per_level: int = 2  # 1, 2, 4 or 8
     log2_hashmap_size: int = 19  # entries per level, log2

@@ -1,5 +1,6 @@
 """Rendering: occupancy grid, rays, whole views with colour, depth and PoseMap."""
 
+from posemap_fast.render import nerfacc_backend  # registration
 from posemap_fast.render.backends import RENDER_BACKENDS
 from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
 from posemap_fast.render.renderer import PoseField, RayOutput, RenderConfig, Renderer, Samples
@@ -22,6 +23,7 @@ __all__ = [
     "Renderer",
     "Samples",
     "ViewOutput",
+    "nerfacc_backend",
     "posemap_shape",
     "render_posemaps",
     "render_views",
