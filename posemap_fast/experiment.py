@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from posemap_fast.apr import BACKBONES, HEADS, APRConfig
+from posemap_fast.backends import AUTO, resolve_backend
 from posemap_fast.config import load_config
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import FIELD_BACKBONES, FieldConfig
@@ -46,14 +49,45 @@ class ExperimentConfig:
     pose_scale: Literal["metric", "auto"] = "auto"  # unit of regressed translation: world unit, or cameras' spread
     protocol: Literal["inductive", "transductive"] = "inductive"  # transductive aligns on the test images
     checkpoint_every_s: float = 30.0  # seconds between two checkpoints of a stage; an interruption loses less
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the first GPU where there is one
     threads: int = 0  # CPU threads, 0 = torch's own; results repeat bit by bit for a fixed number
 
     def __post_init__(self) -> None:
         """Names of plug-ins are checked at the door, before anything is loaded or written."""
-        FIELD_BACKBONES.get(self.field.backbone)
-        RENDER_BACKENDS.get(self.render.backend)
+        if self.field.backbone != AUTO:
+            FIELD_BACKBONES.get(self.field.backbone)
+        if self.render.backend != AUTO:
+            RENDER_BACKENDS.get(self.render.backend)
+        if self.device != AUTO:
+            _check_device(self.device)
         BACKBONES.get(self.network.backbone)
         HEADS.get(self.network.head)
+
+    def resolved(self) -> ExperimentConfig:
+        """The same with the device and the backends that `auto` stands for here: a stored run says what it used."""
+        name = self.device
+        if name == AUTO:
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        field = resolve_backend("field.backbone", self.field.backbone, device)
+        render = resolve_backend("render.backend", self.render.backend, device)
+        return dataclasses.replace(
+            self,
+            device=name,
+            field=dataclasses.replace(self.field, backbone=field),
+            render=dataclasses.replace(self.render, backend=render),
+        )
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: '{name}' is no device; use auto, cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: '{name}' is not supported; use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: '{name}' was asked for, torch {torch.__version__} sees no such GPU; use device=cpu")
 
 
 def preset_names() -> list[str]:

@@ -68,6 +68,7 @@ def run_pipeline(run: RunDirectory, meter: ProgressMeter) -> dict[str, Any]:
     handler = run.attach_log()
     try:
         logger.info("scene %s: %s; %s", scene.name, scene.counts(), scene.split_rule)
+        logger.info("field.backbone %s, render.backend %s", config.field.backbone, config.render.backend)
         return _Pipeline(run, scene, meter, time.monotonic() - begin).run_all()
     finally:
         logging.getLogger("posemap_fast").removeHandler(handler)
@@ -88,6 +89,7 @@ class _Pipeline:
     def __init__(self, run: RunDirectory, scene: Scene, meter: ProgressMeter, load_seconds: float):
         self.run, self.scene, self.meter = run, scene, meter
         self.config = run.identity.config
+        self.device = torch.device(self.config.device)
         self.seed = run.identity.seed
         self.log = MetricsLog(run.metrics_file)
         self.seconds: dict[str, float] = {"load": load_seconds}
@@ -95,7 +97,8 @@ class _Pipeline:
 
     def _views(self, split: str) -> TrainingViews:
         index = torch.tensor(self.scene.views(split), dtype=torch.long)
-        return TrainingViews.of(self.scene.images[index], self.scene.c2w[index], self.scene.camera)
+        views = TrainingViews.of(self.scene.images[index], self.scene.c2w[index], self.scene.camera)
+        return views.to(self.device)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -171,7 +174,7 @@ class _Pipeline:
                 estimate.near,
                 PoseFrame.from_poses(self.scene.c2w[self.scene.views("train")], scale),
                 self.scene.camera,
-            )
+            ).to(self.device)
         if scene_map.nerfp.appearance is not None:
             scene_map.nerfp.appearance.mean_histogram.copy_(views.histograms.mean(dim=0))
         scene_map.renderer.occupancy.restrict(lambda x: _seen(estimate, views, x))
@@ -217,7 +220,7 @@ class _Pipeline:
         if side:
             config = dataclasses.replace(config, input_size=_network_size(camera, side))
         poses = self.scene.c2w[self.scene.views("train")]
-        return build_aprnet(config, pose_frame, mean_pose(poses), seed=self.seed)
+        return build_aprnet(config, pose_frame, mean_pose(poses), seed=self.seed).to(self.device)
 
     def _train_networks(self, scene_map: SceneMap, online: OnlineMap) -> dict[str, APRNet]:
         """The pose-only baseline, the full method, and the aligned network."""
@@ -271,7 +274,7 @@ def _seen(estimate: FrameEstimate, views: TrainingViews, x: torch.Tensor) -> tor
     """
     world = estimate.frame.to_world(x)
     camera, needed = views.camera, min(_MIN_VIEWS, len(views))
-    count = torch.zeros(x.shape[0], dtype=torch.int64)
+    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     for pose in views.c2w:
         left = torch.nonzero(count < needed).flatten()
         if left.numel() == 0:

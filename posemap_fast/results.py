@@ -17,6 +17,7 @@ import posemap_fast
 from posemap_fast import ops
 from posemap_fast.apr import APRNet
 from posemap_fast.data import FrameEstimate, Scene
+from posemap_fast.environment import processor_name
 from posemap_fast.eval import (
     ReportData,
     ViewPicture,
@@ -78,9 +79,8 @@ class Outcome:
 def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, index: int) -> ViewOutput:
     """View at one pose (4, 4) with the appearance of the image `index` of `views`."""
     codes = scene_map.nerfp.appearance_code(views.histograms[index : index + 1])
-    return render_views(
-        scene_map.renderer, scene_map.nerfp, c2w[None].float(), scene_map.camera, appearance=codes, background=0.5
-    )
+    pose = c2w[None].to(views.c2w)
+    return render_views(scene_map.renderer, scene_map.nerfp, pose, scene_map.camera, appearance=codes, background=0.5)
 
 
 @torch.no_grad()
@@ -101,21 +101,21 @@ def evaluate(
             image = test.images[i].float() / 255
             psnrs.append(psnr_db(view.rgb[0], image))
             ssims.append(ssim(view.rgb[0], image))
-            renders.append((view.rgb[0] * 255).round().to(torch.uint8))
+            renders.append((view.rgb[0] * 255).round().to(torch.uint8).cpu())
             assert view.posemap is not None
             posemaps.append(view.posemap[0])
             task.update(i + 1, psnr_db=psnrs[-1])
     maps = torch.stack(posemaps)
-    decoded = scene_map.pose_frame.decode(scene_map.decoder(maps))
+    decoded = scene_map.pose_frame.decode(scene_map.decoder(maps)).cpu()
     train_c2w = scene.c2w[scene.views("train")]
     answers = {
         "decoder": decoded,
-        **{name: predict_poses(net, test.images) for name, net in nets.items()},
+        **{name: predict_poses(net, test.images).cpu() for name, net in nets.items()},
         "mean_pose": mean_pose(train_c2w).expand_as(truth),
-        "nearest_view": train_c2w[nearest_views(train.images, test.images)],
+        "nearest_view": train_c2w[nearest_views(train.images, test.images).cpu()],
     }
     errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
-    return Outcome(psnrs, ssims, torch.stack(renders), maps, errors, _sigma(nets["aligned"], views["val"]))
+    return Outcome(psnrs, ssims, torch.stack(renders), maps.cpu(), errors, _sigma(nets["aligned"], views["val"]))
 
 
 def _sigma(net: APRNet, validation: TrainingViews) -> dict[str, float]:
@@ -261,19 +261,11 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "posemap_fast": posemap_fast.__version__,
-        "kernels": ops.backend_name(),
+        "kernels": ops.backend_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def git_commit() -> str:

@@ -58,7 +58,7 @@ def _scene_name(scene: str) -> tuple[str, str]:
 
 def train(options: argparse.Namespace) -> int:
     """Run the pipeline and print its table."""
-    config = load_experiment(options.preset, options.config, options.set)
+    config = load_experiment(options.preset, options.config, options.set).resolved()
     identity, name = _scene_name(options.scene)
     out = (options.out or Path(os.environ.get("POSEMAP_RUNS", "runs")) / name).expanduser().resolve()
     run = RunDirectory(out, RunIdentity(identity, options.preset, options.seed, config))

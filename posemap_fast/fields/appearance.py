@@ -25,12 +25,12 @@ def luminance_histogram(images: torch.Tensor) -> torch.Tensor:
         (n, 10) float32, rows sum to 1.
     """
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
-    rows = []
+    rows, weights = [], torch.tensor(_LUMINANCE, device=images.device)
     for image in images:
-        luminance = (image.float() @ torch.tensor(_LUMINANCE)) / scale
+        luminance = (image.float() @ weights) / scale
         bins = (luminance * N_BINS).long().clamp_(0, N_BINS - 1)
         rows.append(torch.bincount(bins.flatten(), minlength=N_BINS) / bins.numel())
-    return torch.stack(rows) if rows else torch.zeros(0, N_BINS)
+    return torch.stack(rows) if rows else images.new_zeros(0, N_BINS, dtype=torch.float32)
 
 
 class AppearanceEncoder(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from posemap_fast.fields.protocol import FieldConfig, FieldFeatures
-from posemap_fast.ops import HashGridSpec, MLPSpec
+from posemap_fast.ops import FusedField, HashGridSpec, MLPSpec, fused_render_fits
 
 __all__ = ["FieldFunctions", "HashField"]
 
@@ -33,6 +33,7 @@ class FieldFunctions:
     hash_encode: Callable[[torch.Tensor, torch.Tensor, HashGridSpec], torch.Tensor]
     sh_encode: Callable[[torch.Tensor, int], torch.Tensor]
     fused_mlp: Callable[..., torch.Tensor]  # as `ops.fused_mlp`
+    fuses: bool = False  # whether inference may run in `ops.fused_render`, which rounds to half
 
 
 def _init_mlp(spec: MLPSpec, generator: torch.Generator) -> torch.Tensor:
@@ -107,3 +108,23 @@ class HashField(nn.Module):
     def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:
         """Hidden pose feature of each sample, (n, pose_hidden)."""
         return self._functions.fused_mlp(features.encoding, self.pose_params, self.pose_mlp, features.geo)
+
+    def fused(self, want_posemap: bool) -> FusedField | None:
+        """This field as the fused inference kernel reads it; None when it must not or cannot run there."""
+        if not self._functions.fuses or self.table.dtype != torch.float32:
+            return None
+        found = FusedField(
+            grid=self.grid,
+            table=self.table.detach(),
+            density=self.density_params.detach().half(),
+            colour=self.colour_params.detach().half(),
+            pose=self.pose_params.detach().half() if want_posemap else None,
+            density_spec=self.density_mlp,
+            colour_spec=self.colour_mlp,
+            pose_spec=self.pose_mlp,
+            sh_degree=self.config.sh_degree,
+            appearance_dim=self.config.appearance_dim,
+            log_init_density=math.log(self.config.init_density),
+            max_log_density=MAX_LOG_DENSITY,
+        )
+        return found if fused_render_fits(found) else None

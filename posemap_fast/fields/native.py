@@ -12,4 +12,4 @@ __all__ = ["build_native"]
 @FIELD_BACKBONES.register("native")
 def build_native(config: FieldConfig) -> HashField:
     """Field on the registered ops: native code on the CPU, the reference where none is available."""
-    return HashField(config, FieldFunctions(hash_encode, sh_encode, fused_mlp))
+    return HashField(config, FieldFunctions(hash_encode, sh_encode, fused_mlp, fuses=True))

@@ -75,8 +75,9 @@ class PoseRegressor:
     def localize(self, image: torch.Tensor) -> PoseAnswer:
         """(H, W, 3) uint8 RGB image of the training camera's aspect ratio -> pose."""
         begin = time.perf_counter()
-        batch = image.permute(2, 0, 1)[None].float().div(255).contiguous(memory_format=torch.channels_last)
-        c2w = self.net(batch).c2w[0].double()
+        pixels = image.to(next(self.net.parameters()).device)
+        batch = pixels.permute(2, 0, 1)[None].float().div(255).contiguous(memory_format=torch.channels_last)
+        c2w = self.net(batch).c2w[0].double().cpu()
         sigma = self.metrics.get("sigma", {})
         elapsed = 1000 * (time.perf_counter() - begin)
         return PoseAnswer(c2w, sigma.get("t_m"), sigma.get("r_deg"), elapsed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from posemap_fast.apr import PoseFrame
+from posemap_fast.backends import resolve_backend, runnable_backend
 from posemap_fast.config import from_dict, to_dict
 from posemap_fast.errors import FileFormatError
 from posemap_fast.fields import FieldConfig, NeRFP, PoseDecoder
@@ -19,6 +20,7 @@ from posemap_fast.render import RenderConfig, Renderer
 __all__ = ["SceneMap"]
 
 _VERSION = 1
+_DEVICE = torch.device("cpu")  # where a map is read to
 
 
 @dataclass
@@ -48,6 +50,12 @@ class SceneMap:
         decoder = PoseDecoder(field.pose_features)
         return cls(name, nerfp, Renderer(render, frame, near), decoder, pose_frame, camera)
 
+    def to(self, device: torch.device) -> SceneMap:
+        """Move the parts to `device`; returns itself."""
+        for part in (self.nerfp, self.renderer.occupancy, self.decoder):
+            part.to(device)
+        return self
+
     def save(self, path: str | Path) -> None:
         """Write the map atomically, with a checksum."""
         header = {
@@ -72,10 +80,12 @@ class SceneMap:
 
         Args:
             path: file written by `save`.
-            backbone: field backbone to evaluate it with; default the one it was trained with.
+            backbone: field backbone to evaluate it with, `auto` for the best one here; default the one it was trained
+                with where that can run.
         Raises:
             FileFormatError: not a map, damaged, or of another version.
             ConfigError: unknown backbone.
+            BackendError: the named backbone cannot run here.
         """
         header, tensors = read_container(path, MAP_MAGIC)
         if header.get("version") != _VERSION:
@@ -83,12 +93,14 @@ class SceneMap:
                 f"{path}: scene map of version {header.get('version')}, this program reads {_VERSION}; train again"
             )
         values: dict[str, Any] = header["field"]
-        if backbone is not None:
-            values = {**values, "backbone": backbone}
+        if backbone is None:
+            backbone = runnable_backend("field.backbone", values["backbone"], _DEVICE)
+        backbone = resolve_backend("field.backbone", backbone, _DEVICE)
+        backend = runnable_backend("render.backend", header["render"]["backend"], _DEVICE)
         found = cls.untrained(
             header["scene"],
-            from_dict(FieldConfig, values, str(path)),
-            from_dict(RenderConfig, header["render"], str(path)),
+            from_dict(FieldConfig, {**values, "backbone": backbone}, str(path)),
+            from_dict(RenderConfig, {**header["render"], "backend": backend}, str(path)),
             SceneFrame.from_dict(header["frame"]),
             header["near"],
             PoseFrame.from_dict(header["pose_frame"]),

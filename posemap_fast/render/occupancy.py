@@ -15,6 +15,7 @@ from torch import nn
 
 from posemap_fast.errors import ConfigError
 from posemap_fast.ops import pack_bits
+from posemap_fast.seeding import integers, uniform
 
 __all__ = ["OccupancyConfig", "OccupancyGrid"]
 
@@ -61,7 +62,7 @@ class OccupancyGrid(nn.Module):
 
     def cell_centers(self, cells: torch.Tensor) -> torch.Tensor:
         """(n,) cell indices -> (n, 3) centres in the unit cube."""
-        return self._cell_points(cells, torch.full((cells.numel(), 3), 0.5))
+        return self._cell_points(cells, torch.full((cells.numel(), 3), 0.5, device=cells.device))
 
     def _cell_points(self, cells: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
         """Points at `fraction` (n, 3) in [0, 1) of each cell."""
@@ -75,13 +76,13 @@ class OccupancyGrid(nn.Module):
 
     def restrict(self, is_visible: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Mark cells whose centre fails `is_visible` ((n, 3) in the unit cube -> (n,) bool) as empty for good."""
-        parts = [is_visible(self.cell_centers(cells)) for cells in torch.arange(self.occs.numel()).split(_CHUNK)]
+        parts = [is_visible(self.cell_centers(cells)) for cells in self._all_cells().split(_CHUNK)]
         self.visible.copy_(torch.cat(parts))
         self.bitfield.copy_(pack_bits(self.visible.float(), 0.5))
 
     def keep_only(self, cells: torch.Tensor) -> None:
         """Empty every occupied cell that is not in `cells` (n_cells,) bool; the rest stays as it is."""
-        occupied = self.is_occupied_cell(torch.arange(self.occs.numel()))
+        occupied = self.is_occupied_cell(self._all_cells())
         self.bitfield.copy_(pack_bits((occupied & cells).float(), 0.5))
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class OccupancyGrid(nn.Module):
         self.occs.mul_(self.config.decay)
         level_step = self._level_steps()
         for part in cells.split(_CHUNK):
-            points = self._cell_points(part, torch.rand(part.numel(), 3, generator=generator))
+            points = self._cell_points(part, uniform(generator, part.numel(), 3, device=part.device))
             thickness = density(points) * level_step[part // self.config.resolution**3]
             self.occs[part] = torch.maximum(self.occs[part], thickness)
         threshold = min(float(self.occs[self.visible].mean()), self.config.threshold)
@@ -105,22 +106,25 @@ class OccupancyGrid(nn.Module):
 
     def _level_steps(self) -> torch.Tensor:
         """Typical marching step in each cascade: the finest one in the inner box, twice as much in each outer."""
-        return self.step_min * torch.exp2(torch.arange(self.n_cascades).float())
+        return self.step_min * torch.exp2(torch.arange(self.n_cascades, device=self.occs.device).float())
+
+    def _all_cells(self) -> torch.Tensor:
+        return torch.arange(self.occs.numel(), device=self.occs.device)
 
     def _cells_to_update(self, step: int, generator: torch.Generator) -> torch.Tensor:
         candidates = torch.nonzero(self.visible).flatten()
         if step < self.config.warmup_steps:
             return candidates
-        uniform = candidates[torch.randint(candidates.numel(), (candidates.numel() // 4,), generator=generator)]
+        quarter = candidates.numel() // 4
+        anywhere = candidates[integers(generator, candidates.numel(), quarter, candidates.device)]
         occupied = torch.nonzero(self.occs * self.visible > self.config.threshold).flatten()
-        if occupied.numel() > candidates.numel() // 4:
-            picks = torch.randint(occupied.numel(), (candidates.numel() // 4,), generator=generator)
-            occupied = occupied[picks]
-        return torch.unique(torch.cat([uniform, occupied]))
+        if occupied.numel() > quarter:
+            occupied = occupied[integers(generator, occupied.numel(), quarter, occupied.device)]
+        return torch.unique(torch.cat([anywhere, occupied]))
 
     def occupied_fraction(self) -> float:
         """Share of the visible cells that are occupied."""
-        occupied = self.is_occupied_cell(torch.arange(self.occs.numel()))
+        occupied = self.is_occupied_cell(self._all_cells())
         return float(occupied.sum()) / max(1, int(self.visible.sum()))
 
     def is_occupied_cell(self, cells: torch.Tensor) -> torch.Tensor:

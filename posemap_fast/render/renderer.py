@@ -17,9 +17,10 @@ import torch
 
 from posemap_fast.errors import ConfigError
 from posemap_fast.geometry import SceneFrame
-from posemap_fast.ops import MarchSpec
+from posemap_fast.ops import MarchSpec, fused_render
 from posemap_fast.render.backends import RENDER_BACKENDS
 from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
+from posemap_fast.seeding import uniform
 
 __all__ = ["PoseField", "RayOutput", "RenderConfig", "Renderer", "Samples"]
 
@@ -42,7 +43,7 @@ class PoseField(Protocol):
 class RenderConfig:
     """How rays are sampled and composited."""
 
-    backend: str = "native"  # a name in RENDER_BACKENDS
+    backend: str = "native"  # a name in RENDER_BACKENDS, or auto
     steps_per_unit: int = 512  # samples per side of the inner box: the step is 1 / steps_per_unit of it
     cone_angle: float = 0.0  # growth of the step with distance; 1/256 is usual for unbounded scenes
     max_samples: int = 1024  # per ray
@@ -72,8 +73,8 @@ class RayOutput(NamedTuple):
     depth: torch.Tensor  # (n_rays,) expected distance along the ray in world units, not divided by opacity
     opacity: torch.Tensor  # (n_rays,)
     posemap: torch.Tensor  # (n_rays, 256), or (n_rays, 0)
-    weights: torch.Tensor  # (n,) of each sample
-    samples: Samples
+    weights: torch.Tensor  # (n,) of each sample; empty after a fused rendering
+    samples: Samples  # likewise
 
 
 _MAX_STEP = math.sqrt(3) / 128  # longest step that a cone angle can grow to: 128 across the unit cube
@@ -119,15 +120,12 @@ class Renderer:
     def march(self, origins: torch.Tensor, directions: torch.Tensor, generator: torch.Generator | None) -> Samples:
         """Samples in occupied cells along rays in field coordinates; jittered when a generator is given."""
         n_rays = origins.shape[0]
-        near = torch.full((n_rays,), self.near, dtype=origins.dtype)
-        far = torch.full((n_rays,), 1e4, dtype=origins.dtype)
-        jitter = None if generator is None else torch.rand(n_rays, generator=generator).to(origins.dtype)
+        jitter = None if generator is None else uniform(generator, n_rays, device=origins.device).to(origins.dtype)
         result = self.backend.march(
             origins.detach().contiguous(),
             directions.detach().contiguous(),
-            near,
-            far,
-            self.frame.aabb.to(origins.dtype),
+            *self._range(origins),
+            self.frame.aabb.to(origins),
             self.occupancy.bitfield,
             self.march_spec,
             jitter,
@@ -146,6 +144,7 @@ class Renderer:
         generator: torch.Generator | None = None,
         samples: Samples | None = None,
         deferred: bool = True,
+        per_sample: bool = True,
     ) -> RayOutput:
         """Render a bundle of rays.
 
@@ -157,10 +156,16 @@ class Renderer:
             generator: jitters the first sample of each ray (training); None = fixed lattice.
             samples: use these instead of marching (their t values are taken as they are).
             deferred: composite the hidden pose feature and project once per ray; False = the direct form.
+            per_sample: whether `weights` and `samples` are wanted; without them and without a gradient a GPU renders
+                in one launch (`ops.fused_render`, weights and activations in half precision).
         Returns:
             RayOutput; differentiable in the field's parameters and in the rays.
         """
         origins, directions = self.to_field(rays_o, rays_d)
+        if not (per_sample or torch.is_grad_enabled() or samples is not None or generator is not None) and deferred:
+            fused = self._render_fused(nerfp, origins, directions, appearance, want_rgb, want_posemap)
+            if fused is not None:
+                return fused
         given = samples is not None
         if samples is None:
             samples = self.march(origins, directions, generator)
@@ -195,6 +200,45 @@ class Renderer:
             posemap = nerfp.project(posemap, out.opacity)
         rgb = out.rgb if want_rgb else out.rgb[:, :0]
         return RayOutput(rgb, out.depth / self.frame.scale, out.opacity, posemap, out.weights, samples)
+
+    def _render_fused(
+        self,
+        nerfp: PoseField,
+        origins: torch.Tensor,
+        directions: torch.Tensor,
+        appearance: torch.Tensor | None,
+        want_rgb: bool,
+        want_posemap: bool,
+    ) -> RayOutput | None:
+        """One launch for everything; None where the field, the backend or the device has no such kernel."""
+        make = getattr(nerfp.field, "fused", None)
+        if make is None or self.config.backend != "native" or origins.dtype != torch.float32:
+            return None
+        field = make(want_posemap)
+        if field is None:
+            return None
+        found = fused_render(
+            field,
+            origins,
+            directions,
+            *self._range(origins),
+            self.frame.aabb,
+            self.occupancy.bitfield,
+            self.march_spec,
+            appearance=appearance,
+            early_stop_eps=max(self.config.transmittance_eps, self.config.early_stop_eps),
+        )
+        if found is None:
+            return None
+        rgb = found.rgb if want_rgb else found.rgb[:, :0]
+        posemap = nerfp.project(found.hidden, found.opacity) if want_posemap else found.hidden
+        none = origins.new_empty(0)
+        samples = Samples(origins.new_zeros(len(origins) + 1, dtype=torch.int64), none.long(), none, none, 0)
+        return RayOutput(rgb, found.depth / self.frame.scale, found.opacity, posemap, none, samples)
+
+    def _range(self, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Near and far of each ray, field units."""
+        return origins.new_full((len(origins),), self.near), origins.new_full((len(origins),), 1e4)
 
     def _drop_hidden(self, sigmas: torch.Tensor, samples: Samples) -> tuple[Samples, torch.Tensor]:
         """The samples that can be seen from the camera, and their indices."""

@@ -61,7 +61,7 @@ def render_posemaps(
         (B, 256, rows, cols).
     """
     rows, cols = posemap_shape(camera, stride)
-    rays_o, rays_d = camera_rays(camera, c2w, posemap_pixels(camera, stride).to(c2w.dtype))
+    rays_o, rays_d = camera_rays(camera, c2w, posemap_pixels(camera, stride).to(c2w))
     out = renderer.render_rays(
         nerfp,
         rays_o.reshape(-1, 3),
@@ -69,6 +69,7 @@ def render_posemaps(
         want_rgb=False,
         want_posemap=True,
         generator=generator,
+        per_sample=False,
     )
     return out.posemap.reshape(c2w.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
 
@@ -95,13 +96,14 @@ def render_views(
         background: grey value behind what is transparent.
     """
     size = camera if image_size is None else camera.resized(image_size[1], image_size[0])
-    pixels = size.pixel_grid().to(c2w.dtype)
+    pixels = size.pixel_grid().to(c2w)
     rays_o, rays_d = (r.reshape(-1, 3) for r in camera_rays(size, c2w, pixels))
     codes = _expand(appearance, pixels.shape[0])
     parts = []
     for start in range(0, rays_o.shape[0], _CHUNK):
         span = slice(start, start + _CHUNK)
-        out = renderer.render_rays(nerfp, rays_o[span], rays_d[span], appearance=None if codes is None else codes[span])
+        part = None if codes is None else codes[span]
+        out = renderer.render_rays(nerfp, rays_o[span], rays_d[span], appearance=part, per_sample=False)
         parts.append(torch.cat([out.rgb, out.depth[:, None], out.opacity[:, None]], dim=1))
     flat = torch.cat(parts).reshape(c2w.shape[0], size.height, size.width, 5)
     opacity = flat[..., 4]

@@ -21,7 +21,7 @@ from posemap_fast.fields import luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.losses import posemap_cosine, triplet_loss
 from posemap_fast.render import render_posemaps
-from posemap_fast.seeding import step_generator
+from posemap_fast.seeding import integers, step_generator
 from posemap_fast.train.apr import OnlineMap, rendered_size
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.selection import BestState, network_input
@@ -83,7 +83,7 @@ class AlignStage:
         """One step of Adam on a batch of unlabelled images."""
         generator = step_generator(self.seed, self.name, k)
         n_drawn = max(2, self.config.batch)  # with a batch of one the second image is the triplet's negative
-        index = torch.randint(len(self.images), (n_drawn,), generator=generator)
+        index = integers(generator, len(self.images), n_drawn, self.images.device)
         images = self.net.resized(network_input(self.images[index]))
         batch = self.config.batch
         predicted = self.net(images[:batch]).c2w

@@ -118,7 +118,7 @@ class APRStage:
         )
         self.render_size = rendered_size(views.camera.height, views.camera.width, config.render_scale)
         has_views = config.weights.rvs > 0 and config.replay_batch > 0
-        self.replay = ViewReplay(config.replay_capacity if has_views else 0, self.render_size)
+        self.replay = ViewReplay(config.replay_capacity if has_views else 0, self.render_size, views.c2w.device)
         net.train()
 
     def step(self, k: int) -> dict[str, float]:
@@ -126,7 +126,7 @@ class APRStage:
         generator = step_generator(self.seed, self.name, k)
         self._set_rate(k)
         index = self.chosen[torch.randperm(len(self.chosen), generator=generator)[: self.config.batch]]
-        losses = self._losses(index, generator)
+        losses = self._losses(index.to(self.views.c2w.device), generator)
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

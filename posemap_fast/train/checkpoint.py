@@ -65,7 +65,7 @@ class Checkpointer:
         if not self.path.exists():
             return None
         try:
-            return Checkpoint(**torch.load(self.path, weights_only=True))
+            return Checkpoint(**torch.load(self.path, map_location="cpu", weights_only=True))
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, OSError, KeyError, ValueError) as error:
             raise FileFormatError(
                 f"{self.path}: damaged checkpoint ({type(error).__name__}); delete it to repeat this stage"

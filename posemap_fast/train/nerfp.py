@@ -17,7 +17,7 @@ from posemap_fast.fields import NeRFP, luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.losses import distortion_loss, huber, mse
 from posemap_fast.render import Renderer
-from posemap_fast.seeding import step_generator
+from posemap_fast.seeding import integers, step_generator, uniform
 
 __all__ = ["FieldStage", "FieldTrainConfig", "TrainingViews"]
 
@@ -56,6 +56,10 @@ class TrainingViews:
     def of(cls, images: torch.Tensor, c2w: torch.Tensor, camera: Camera) -> TrainingViews:
         """Bundle images with their luminance histograms; poses become float32."""
         return cls(images, c2w.float(), camera, luminance_histogram(images))
+
+    def to(self, device: torch.device) -> TrainingViews:
+        """The same on `device`."""
+        return TrainingViews(self.images.to(device), self.c2w.to(device), self.camera, self.histograms.to(device))
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -113,7 +117,7 @@ class FieldStage:
             appearance=None if codes is None else codes[index],
             generator=generator,
         )
-        background = torch.rand(target.shape, generator=generator)
+        background = uniform(generator, *target.shape, device=target.device)
         colour = out.rgb + (1 - out.opacity[:, None]) * background
         square = mse(colour, target)
         loss = square if self.config.loss == "mse" else huber(colour, target, self.config.huber_delta)
@@ -136,11 +140,11 @@ class FieldStage:
         """Random pixels: view index (n,), world rays (n, 3) twice, and colour (n, 3) in [0, 1]."""
         views = self.views
         height, width = views.camera.height, views.camera.width
-        flat = torch.randint(len(views) * height * width, (self.n_rays,), generator=generator)
+        flat = integers(generator, len(views) * height * width, self.n_rays, views.c2w.device)
         index, pixel = flat // (height * width), flat % (height * width)
         target = views.images.reshape(-1, 3)[flat].float() / 255
         xy = torch.stack([pixel % width, pixel // width], dim=1) + 0.5
-        eye = torch.eye(4)[None]
+        eye = torch.eye(4, device=flat.device)[None]
         local = camera_rays(views.camera, eye, xy)[1][0]  # (n, 3) in camera axes
         rotation, centre = views.c2w[index, :3, :3], views.c2w[index, :3, 3]
         return index, centre, torch.einsum("nij,nj->ni", rotation, local), target

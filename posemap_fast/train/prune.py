@@ -14,7 +14,7 @@ from posemap_fast.fields import NeRFP
 from posemap_fast.geometry import camera_rays
 from posemap_fast.ops.march import cells_of
 from posemap_fast.render import Renderer
-from posemap_fast.seeding import step_generator
+from posemap_fast.seeding import step_generator, uniform
 from posemap_fast.train.nerfp import TrainingViews
 
 __all__ = ["prune_occupancy"]
@@ -29,11 +29,11 @@ def prune_occupancy(nerfp: NeRFP, renderer: Renderer, views: TrainingViews, seed
     spec, camera = renderer.march_spec, views.camera
     occupancy = renderer.occupancy
     before = occupancy.occupied_fraction()
-    peak = torch.zeros(occupancy.occs.numel())
-    size = torch.tensor([camera.width, camera.height])
+    peak = torch.zeros_like(occupancy.occs)
+    size = torch.tensor([camera.width, camera.height], device=peak.device)
     for i in range(len(views)):
         generator = step_generator(seed, "prune", i)
-        pixels = torch.rand(_RAYS_PER_VIEW, 2, generator=generator) * size
+        pixels = uniform(generator, _RAYS_PER_VIEW, 2, device=peak.device) * size
         rays_o, rays_d = camera_rays(camera, views.c2w[i], pixels)
         out = renderer.render_rays(nerfp, rays_o, rays_d, want_rgb=False)
         origins, directions = renderer.to_field(rays_o, rays_d)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from posemap_fast.seeding import integers
+
 __all__ = ["ViewReplay"]
 
 
@@ -15,11 +17,12 @@ class ViewReplay:
     Args:
         capacity: views kept; 0 switches replay off.
         image_size: (height, width) of the views.
+        device: where they are kept.
     """
 
-    def __init__(self, capacity: int, image_size: tuple[int, int]):
-        self.images = torch.zeros(capacity, *image_size, 3, dtype=torch.uint8)
-        self.poses = torch.zeros(capacity, 4, 4)
+    def __init__(self, capacity: int, image_size: tuple[int, int], device: torch.device | str = "cpu"):
+        self.images = torch.zeros(capacity, *image_size, 3, dtype=torch.uint8, device=device)
+        self.poses = torch.zeros(capacity, 4, 4, device=device)
         self.n_added = 0
 
     def __len__(self) -> int:
@@ -30,14 +33,14 @@ class ViewReplay:
         capacity = self.images.shape[0]
         if capacity == 0:
             return
-        slots = (self.n_added + torch.arange(images.shape[0])) % capacity
+        slots = (self.n_added + torch.arange(images.shape[0], device=self.poses.device)) % capacity
         self.images[slots], self.poses[slots] = images, poses
         self.n_added += images.shape[0]
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Up to `n` views drawn with replacement; none while the ring holds fewer than `n`."""
         n = n if len(self) >= n else 0
-        index = torch.randint(max(1, len(self)), (n,), generator=generator)
+        index = integers(generator, max(1, len(self)), n, self.poses.device)
         return self.images[index], self.poses[index]
 
     def state_dict(self) -> dict[str, Any]:

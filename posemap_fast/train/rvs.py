@@ -14,6 +14,7 @@ import torch
 from posemap_fast.errors import ConfigError
 from posemap_fast.geometry import interpolate_poses, perturb_poses
 from posemap_fast.render import Renderer
+from posemap_fast.seeding import integers, uniform
 
 __all__ = ["RVSConfig", "ViewSampler"]
 
@@ -67,7 +68,7 @@ class ViewSampler:
             generator: source of randomness.
             scale: multiplies both ranges.
         """
-        source = torch.randint(len(self.c2w), (n,), generator=generator)
+        source = integers(generator, len(self.c2w), n, self.c2w.device)
         poses = self._around(source, generator, scale)
         for _ in range(_TRIES):
             blocked = torch.nonzero(~self.is_free(poses[:, :3, 3])).flatten()
@@ -82,9 +83,9 @@ class ViewSampler:
         n = source.numel()
         base = self.c2w[source]
         if self.config.interpolate > 0 and len(self.c2w) > 1:
-            pick = torch.randint(self.neighbours.shape[1], (n,), generator=generator)
-            u = torch.rand(n, generator=generator)
-            chosen = torch.rand(n, generator=generator) < self.config.interpolate
+            pick = integers(generator, self.neighbours.shape[1], n, base.device)
+            u = uniform(generator, n, device=base.device)
+            chosen = uniform(generator, n, device=base.device) < self.config.interpolate
             between = interpolate_poses(base, self.c2w[self.neighbours[source, pick]], u)
             base = torch.where(chosen[:, None, None], between, base)
         poses = perturb_poses(base, scale * self.max_translation, scale * self.config.max_rotation_deg, generator)
@@ -94,7 +95,8 @@ class ViewSampler:
 
     def is_free(self, centres: torch.Tensor) -> torch.Tensor:
         """(n, 3) world points -> (n,) bool: nothing within `clearance` along the axes."""
-        offsets = torch.cat([torch.zeros(1, 3), torch.eye(3), -torch.eye(3)]) * self.clearance
+        unit = torch.eye(3, device=centres.device)
+        offsets = torch.cat([torch.zeros_like(unit[:1]), unit, -unit]) * self.clearance
         points = (centres[:, None] + offsets).reshape(-1, 3)
         occupied = self.renderer.occupancy.is_occupied(self.renderer.frame.to_field(points))
         return ~occupied.reshape(-1, offsets.shape[0]).any(dim=1)

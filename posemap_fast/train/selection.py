@@ -26,7 +26,7 @@ def predict_poses(net: APRNet, images: torch.Tensor, batch: int = 16) -> torch.T
     net.eval()
     parts = [net(network_input(chunk)).c2w for chunk in images.split(batch)]
     net.train(was_training)
-    return torch.cat(parts) if parts else torch.zeros(0, 4, 4)
+    return torch.cat(parts) if parts else images.new_zeros(0, 4, 4, dtype=torch.float32)
 
 
 def validation_score(net: APRNet, views: TrainingViews) -> dict[str, float]:

@@ -40,7 +40,8 @@ class ViewCache:
     ) -> ViewCache:
         """Read the cache of this run, or render it (seconds to a minute) and write it atomically."""
         if path.exists():
-            return cls(**torch.load(path, weights_only=True))
+            kept = torch.load(path, map_location=views.c2w.device, weights_only=True)
+            return cls(**kept)
         renders, posemaps = [], []
         codes = nerfp.appearance_code(views.histograms)
         with meter.task("view cache", total=len(views), start=0) as task:

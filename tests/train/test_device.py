@@ -1,0 +1,106 @@
+"""Every stage keeps its tensors on the device of the map: checked on a pretended one, and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from posemap_fast import ops
+from posemap_fast.apr import APRConfig, PoseFrame, build_aprnet
+from posemap_fast.fields import PoseDecoder
+from posemap_fast.progress import NoProgress
+from posemap_fast.train import (
+    AlignConfig,
+    AlignStage,
+    APRStage,
+    APRTrainConfig,
+    FieldStage,
+    FieldTrainConfig,
+    LossWeights,
+    OnlineMap,
+    PoseBranchConfig,
+    PoseBranchStage,
+    RVSConfig,
+    TrainingViews,
+    ViewCache,
+    ViewSampler,
+    prune_occupancy,
+)
+
+from .pretend_device import DEVICE, MixedDevices, pretended_device
+
+
+@pytest.fixture(params=["pretended", pytest.param("gpu", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        yield torch.device("cuda")
+        return
+    # The fused optimizers know real devices only.
+    monkeypatch.setattr(torch.optim, "Adam", _without_fused(torch.optim.Adam))
+    with ops.use_backend("reference"), pretended_device() as found:
+        yield found
+
+
+def _without_fused(adam: type) -> object:
+    @functools.wraps(adam, updated=())
+    def make(*arguments: object, **options: object) -> object:
+        return adam(*arguments, **(options | {"fused": False, "foreach": False}))
+
+    return make
+
+
+@pytest.fixture
+def views(poses, camera, device: torch.device) -> TrainingViews:
+    images = torch.randint(0, 255, (3, 36, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return TrainingViews.of(images, poses, camera).to(device)
+
+
+@pytest.fixture
+def moved_map(tiny_map, device: torch.device):
+    nerfp, renderer = tiny_map
+    renderer.occupancy.to(device)
+    return nerfp.to(device), renderer
+
+
+def test_a_forgotten_tensor_is_found() -> None:
+    with pretended_device():
+        there = torch.ones(3, device=DEVICE)
+        assert float((there + 1).sum()) == 6
+        with pytest.raises(MixedDevices, match=r"shape \(3,\) is on the CPU"):
+            there + torch.ones(3)
+
+
+def test_stages_1_and_2(moved_map, views, camera, poses, device: torch.device) -> None:
+    nerfp, renderer = moved_map
+    renderer.occupancy.restrict(lambda x: x[:, 0] > 0.1)
+    stage = FieldStage(FieldTrainConfig(steps=20, samples_per_step=512), nerfp, renderer, views, seed=0)
+    for k in (0, 16, 17):
+        assert stage.step(k)["loss"] > 0
+    stage.load_state_dict(stage.state_dict())
+    assert prune_occupancy(nerfp, renderer, views, seed=0) >= 0
+    sampler = ViewSampler(RVSConfig(max_translation=0.1, interpolate=0.5), views.c2w, renderer)
+    decoder = PoseDecoder().to(device)
+    frame = PoseFrame.from_poses(poses, "auto")
+    branch = PoseBranchStage(PoseBranchConfig(steps=2, batch=2), nerfp, decoder, frame, renderer, camera, sampler, 0)
+    assert branch.step(0)["loss"] > 0
+
+
+def test_stages_3_and_4(moved_map, views, camera, poses, device: torch.device, tmp_path, monkeypatch) -> None:
+    nerfp, renderer = moved_map
+    nerfp.requires_grad_(False)
+    monkeypatch.setattr(torch, "save", lambda *_: None)  # a pretended tensor has no storage to write
+    cache = ViewCache.load_or_render(tmp_path / "views.pt", renderer, nerfp, views, (18, 24), NoProgress())
+    sampler = ViewSampler(RVSConfig(max_translation=0.1), views.c2w, renderer)
+    online = OnlineMap(nerfp, renderer, sampler, cache, 1.0)
+    net = build_aprnet(APRConfig(input_size=(32, 32)), PoseFrame.from_poses(poses, "auto"), poses[0]).to(device)
+    config = APRTrainConfig(steps=3, batch=3, rvs_batch=2, replay_batch=2, weights=LossWeights())
+    stage = APRStage(config, net, online, views, views, seed=0)
+    for k in range(3):
+        assert stage.step(k)["loss"] > 0
+    align = AlignStage(AlignConfig(steps=1, batch=2), net, online, views.images, camera, views, seed=0)
+    assert align.step(0)["loss"] >= 0
