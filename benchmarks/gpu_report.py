@@ -1,0 +1,71 @@
+"""Gathers what tools/gpu_check.sh left in a folder into gpu_check.json, and prints it as a table.
+
+python benchmarks/gpu_report.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_SIGNALS = {124: "ran past its limit", 137: "killed at its limit"}
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, None when it is missing or broken (its step then failed)."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    """Steps, environment and figures."""
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return {
+        "schema": 1,
+        "steps": steps,
+        "environment": read_json(folder / "environment.log"),
+        "backbones": read_json(folder / "backbones.json"),
+        "kernels": read_json(folder / "kernels.json"),
+        "pipeline": read_json(folder / "run" / "summary.json"),
+    }
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The steps, then the figures that there are."""
+    table = Table("step", "result", "seconds", title="gpu_check")
+    for step in report["steps"]:
+        status = step["status"]
+        result = "passed" if status == 0 else _SIGNALS.get(status, f"failed with exit code {status}")
+        table.add_row(step["step"], result, f"{step['seconds']} of {step['limit']}")
+    console.print(table)
+    for name in ("backbones", "kernels"):
+        if report[name] is None:
+            continue
+        rows = report[name]["results"]
+        figures = Table(*rows[0], title=name)
+        for row in rows:
+            figures.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(figures)
+
+
+def main() -> int:
+    """Write OUT/gpu_check.json and print the table."""
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "steps.jsonl").is_file():
+        print("usage: python benchmarks/gpu_report.py OUT  (a folder that tools/gpu_check.sh wrote)", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1])
+    report = gather(folder)
+    (folder / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report, Console(width=110))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
