@@ -31,7 +31,7 @@ class Face:
     """The kernels of one library."""
 
     device: str  # "cpu" or "cuda", as in the functions' names
-    library: ctypes.CDLL
+    handle: ctypes.CDLL
 
     def call(self, kernel: str, like: torch.Tensor, *arguments: object) -> None:
         """Run `kernel` for the dtype and on the device of `like`."""
@@ -43,7 +43,7 @@ class Face:
         Raises:
             BackendError: the kernel returned an error code.
         """
-        entry = getattr(self.library, function)
+        entry = getattr(self.handle, function)
         with torch.cuda.device_of(like):
             status = entry(*map(converted, arguments), self._last_argument(like))
         if status != 0:
@@ -53,7 +53,7 @@ class Face:
         """Working memory of the size that `pmf_<query>_bytes` names; nothing on the CPU, whose kernels need none."""
         if self.device == "cpu":
             return ()
-        entry = getattr(self.library, f"pmf_{query}_bytes")
+        entry = getattr(self.handle, f"pmf_{query}_bytes")
         entry.restype = ctypes.c_int64
         return (like.new_empty(max(1, entry(*map(converted, arguments))), dtype=torch.uint8),)
 

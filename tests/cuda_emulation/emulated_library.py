@@ -34,16 +34,16 @@ class EmulatedLibrary:
     """The exported functions of an emulated CUDA library."""
 
     def __init__(self, path: Path):
-        self.library = ctypes.CDLL(str(path))
-        self.library.pmf_emulation_failure.restype = ctypes.c_char_p
+        self.handle = ctypes.CDLL(str(path))
+        self.handle.pmf_emulation_failure.restype = ctypes.c_char_p
 
     def schedule(self, kind: int, seed: int = 0) -> None:
         """Order of threads and blocks from now on: 0 forward, 1 reverse, 2 random."""
-        self.library.pmf_emulation_schedule(ctypes.c_int64(kind), ctypes.c_int64(seed))
+        self.handle.pmf_emulation_schedule(ctypes.c_int64(kind), ctypes.c_int64(seed))
 
     def status(self, function: str, *arguments: object) -> int:
         """Call `function(*arguments, stream)` and return its status."""
-        entry = getattr(self.library, function)
+        entry = getattr(self.handle, function)
         entry.restype = ctypes.c_int64 if function.endswith("_bytes") else ctypes.c_int
         return int(entry(*(converted(a) for a in arguments), None))
 
@@ -51,13 +51,13 @@ class EmulatedLibrary:
         """Call and raise if the status is not 0."""
         status = self.status(function, *arguments)
         if status == FAILED:
-            raise EmulationError(f"{function}: {self.library.pmf_emulation_failure().decode()}")
+            raise EmulationError(f"{function}: {self.handle.pmf_emulation_failure().decode()}")
         if status != 0:
             raise AssertionError(f"{function} returned {status}")
 
     def size(self, function: str, *arguments: object) -> int:
         """Value of a `..._bytes` query, which has no stream."""
-        entry = getattr(self.library, function)
+        entry = getattr(self.handle, function)
         entry.restype = ctypes.c_int64
         return int(entry(*(converted(a) for a in arguments)))
 

@@ -30,14 +30,14 @@ class Kernels:
     """Where the CUDA face runs."""
 
     device: torch.device
-    library: EmulatedLibrary | None
+    emulated: EmulatedLibrary | None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Ops of this block run on the CUDA face."""
         with contextlib.ExitStack() as stack:
-            if self.library is not None:
-                stack.enter_context(use_face(Face("cuda", self.library.library)))
+            if self.emulated is not None:
+                stack.enter_context(use_face(Face("cuda", self.emulated.handle)))
             else:
                 stack.enter_context(ops.use_backend("native"))
             face = face_of(torch.zeros(1, device=self.device))
