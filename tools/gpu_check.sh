@@ -36,15 +36,15 @@ finish() {
 }
 
 step environment 60 "$python" -m posemap_fast.cli inspect --environment --json
-step build_cpu 120 "$python" -m posemap_fast.ops._build_cli
-step build_cuda 180 "$python" -m posemap_fast.ops._build_cli --cuda
+step build_cpu 60 "$python" -m posemap_fast.ops._build_cli
+step build_cuda 120 "$python" -m posemap_fast.ops._build_cli --cuda
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu_check: torch sees no GPU here; the steps that need one were not run" >&2
   finish 3
 fi
 parity=(-m pytest -q -p no:cacheprovider tests/cuda_emulation/test_public_ops.py -k gpu)
 step parity 120 "$python" "${parity[@]}"
-step tests 420 "$python" -m pytest -q -p no:cacheprovider -m "cuda or not cuda"
+step tests 400 "$python" -m pytest -q -p no:cacheprovider -m "cuda or not cuda"
 step backbones 180 "$python" benchmarks/gpu_backbones.py --json "$out/backbones.json"
 step kernels 120 "$python" benchmarks/gpu_kernels.py --json "$out/kernels.json"
 short=(--set network.weights=random --set nerf.steps=4000 --set posemap.steps=600 --set apr.steps=1200)
