@@ -185,7 +185,6 @@ int composite_backward(const Samples<S>& in, const S* weights, const Cotangents<
   const int64_t row_bytes = in.n_channels * static_cast<int64_t>(sizeof(S)), bytes = in.n_samples * row_bytes;
   const bool is_aligned = row_bytes % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(grad.features) % kVectorBytes == 0;
   const bool stream = bytes >= kStreamBytes && is_aligned;
-  prefer_huge_pages(grad.features, bytes);
   const auto run = dot ? (stream ? gradient_rays<S, true, true, true> : gradient_rays<S, true, true, false>)
                        : (stream ? gradient_rays<S, false, true, true> : gradient_rays<S, false, true, false>);
   return run(in, weights, cot, grad, n_threads);

@@ -1,8 +1,7 @@
 // Host loops over feature rows: the memory-bound part of compositing.
 //
 // Rows are handled as vectors of 64 bytes (gcc splits them where registers are narrower). Gradients that are larger
-// than the caches are written past them with streaming stores and into huge pages: with 4 KiB pages the first touch of
-// a fresh 256 MiB tensor costs more than the arithmetic.
+// than the caches are written past them with streaming stores.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,15 +9,11 @@
 #if defined(__AVX512F__) || defined(__AVX__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace pmf {
 
 constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kStreamBytes = int64_t{16} << 20;  // outputs from this size on bypass the caches
-constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 
 template <typename S>
 struct Vec {
@@ -30,18 +25,6 @@ struct Vec {
     return v;
   }
 };
-
-// Ask for huge pages below a fresh output; a wish that the kernel may ignore, so its answer does not matter.
-inline void prefer_huge_pages(void* start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (bytes >= kStreamBytes && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)start;
-  (void)bytes;
-#endif
-}
 
 template <bool kStream, typename V>
 inline void store(void* target, V value) {

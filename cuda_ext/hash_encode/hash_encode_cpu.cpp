@@ -22,7 +22,7 @@ using namespace pmf;
 
 constexpr int64_t CHUNK = 4096;           // points per forward task: the output row of a task stays in L1/L2
 constexpr int AHEAD = 2;                  // blocks between the prefetch of a block's rows and their use
-constexpr size_t IN_CACHE = 512u << 10;   // bytes of a level that the second level cache holds anyway
+constexpr size_t IN_CACHE = 512u << 10;   // bytes of a level that a second level cache of 1 MB keeps while it is in use
 
 // Levels of a grid as the ABI passes them; `offsets` has n_levels + 1 values, in entries.
 struct Grid {
@@ -67,8 +67,8 @@ PMF_HD auto locate_block(const Real* x, const HashLevel& level) {
 }
 
 template <class Real, int F>
-PMF_HD bool wants_prefetch(const HashLevel& level) {
-    return sizeof(Real) * F * level.entries > IN_CACHE;
+PMF_HD size_t level_bytes(const HashLevel& level) {
+    return sizeof(Real) * F * level.entries;
 }
 
 // Asks for the rows that a later block of points will gather. The near and far row in x share a cache line mostly.
@@ -89,7 +89,7 @@ template <class Real, int F, bool HASHED>
 void forward_level(const Real* x, int64_t n, int64_t begin, int64_t end, const Real* table, const HashLevel& level,
                    Real* out) {
     using L = Lanes<Real>;
-    const bool prefetch = wants_prefetch<Real, F>(level);
+    const bool prefetch = level_bytes<Real, F>(level) >= IN_CACHE;  // at equality for the first touch of each row
     for (Blocks<Real> block(x, begin, end); block; block.next()) {
         if (prefetch && block.has_later(AHEAD)) prefetch_rows<Real, F, HASHED>(block.later(AHEAD), table, level);
         const auto cell = locate_block(block.points(), level);
@@ -146,7 +146,7 @@ struct Additions {
 // Adds block after block in the order of the points; a block's rows are prefetched while its predecessor is added.
 template <class Real, int F, bool HASHED>
 void table_gradient_level(const Real* x, int64_t n, const Real* grad, const HashLevel& level, Real* grad_table) {
-    const bool prefetch = wants_prefetch<Real, F>(level);
+    const bool prefetch = level_bytes<Real, F>(level) > IN_CACHE;  // at equality the zero filling has brought it in
     Additions<Real, F> additions[2];
     int now = 0;
     for (Blocks<Real> block(x, 0, n); block; block.next(), now ^= 1) {
@@ -162,7 +162,7 @@ void input_gradient_level(const Real* x, int64_t n, int64_t begin, int64_t end, 
                           const HashLevel& level, Real* grad_x) {
     using L = Lanes<Real>;
     using Vec = typename L::Vec;
-    const bool prefetch = wants_prefetch<Real, F>(level);
+    const bool prefetch = level_bytes<Real, F>(level) >= IN_CACHE;
     for (Blocks<Real> block(x, begin, end); block; block.next()) {
         if (prefetch && block.has_later(AHEAD)) prefetch_rows<Real, F, HASHED>(block.later(AHEAD), table, level);
         const auto cell = locate_block(block.points(), level);
@@ -195,7 +195,6 @@ void input_gradient_level(const Real* x, int64_t n, int64_t begin, int64_t end, 
 template <class Real, int F>
 void forward(const Real* x, int64_t n, const Real* table, const Grid& grid, Real* out, int64_t n_threads) {
     const int64_t n_chunks = (n + CHUNK - 1) / CHUNK;
-    advise_huge_pages(out, sizeof(Real) * n * grid.n_levels * F);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) if (grid.is_parallel(n))
     for (int64_t task = 0; task < n_chunks * grid.n_levels; ++task) {
         const int64_t l = task / n_chunks, begin = task % n_chunks * CHUNK, end = std::min(n, begin + CHUNK);
@@ -207,7 +206,6 @@ void forward(const Real* x, int64_t n, const Real* table, const Grid& grid, Real
 
 template <class Real, int F>
 void table_gradient(const Real* x, int64_t n, const Real* grad, const Grid& grid, Real* grad_table, int64_t n_threads) {
-    advise_huge_pages(grad_table, sizeof(Real) * grid.offsets[grid.n_levels] * F);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) if (grid.is_parallel(n))
     for (int64_t task = 0; task < grid.n_levels; ++task) {
         const int64_t l = grid.n_levels - 1 - task;  // the large levels first: they take longest

@@ -1,8 +1,6 @@
 // Vectors of one AVX-512 register for the hash grid: loads, gathers of table rows, stores. Generic code is plain gcc
 // vectors; the gathers that decide the speed (1 and 2, 4, 8 floats per row) use intrinsics where the target has them.
 #pragma once
-#include <sys/mman.h>
-
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX512F__
@@ -15,14 +13,6 @@
 #include "host_device.h"
 
 namespace pmf {
-
-// Large fresh buffers cost one page fault per 4 KiB; with transparent huge pages one per 2 MiB. Only a hint.
-inline void advise_huge_pages(void* data, size_t bytes) {
-    constexpr uintptr_t PAGE = 2u << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 // gcc takes no vector sizes that depend on template parameters, so the types are spelled out.
 typedef float Float16 __attribute__((vector_size(64)));

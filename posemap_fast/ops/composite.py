@@ -5,6 +5,7 @@ Native code: `cuda_ext/composite`. Oracle and fallback: `posemap_fast.ops.refere
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import BackendError, ShapeError
 from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._memory import empty
 from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference import composite as reference
 
@@ -145,7 +147,7 @@ def _composite_fake(
     ray_offsets: torch.Tensor,
     early_stop_eps: float,
 ) -> Tensors:
-    n_rays, new = ray_offsets.shape[0] - 1, sigmas.new_empty
+    n_rays, new = ray_offsets.shape[0] - 1, functools.partial(empty, sigmas)
     return new(n_rays, 3), new(n_rays), new(n_rays), new(n_rays, features.shape[1]), new(sigmas.shape[0])
 
 
@@ -203,7 +205,7 @@ def _backward(
 
 def _empty_grads(inputs: Tensors, needs: list[bool]) -> Tensors:
     """One tensor per input: of its shape if its gradient is wanted, else of no elements."""
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needs, strict=True))
+    return tuple(empty(t, *(t.shape if need else (0,))) for t, need in zip(inputs, needs, strict=True))
 
 
 def _backward_fake(*arguments: Any) -> Tensors:

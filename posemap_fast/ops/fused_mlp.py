@@ -13,6 +13,7 @@ import torch
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import BackendError, ConfigError, ShapeError
 from posemap_fast.ops._faces import Face, face_of
+from posemap_fast.ops._memory import empty
 from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
 from posemap_fast.ops.reference.fused_mlp import fused_mlp_gradients as reference_gradients
@@ -117,8 +118,8 @@ def _empty_like_layout(x: torch.Tensor) -> torch.Tensor:
     """Empty (n, d): column-major when x is, else row-major."""
     n, width = x.shape
     if x.stride(0) == 1 and x.stride(1) != 1:
-        return x.new_empty((width, n)).t()
-    return x.new_empty((n, width))
+        return empty(x, width, n).t()
+    return empty(x, n, width)
 
 
 def _extra_arguments(x: torch.Tensor, extra: torch.Tensor | None, index: torch.Tensor | None) -> tuple[object, ...]:
@@ -138,7 +139,7 @@ def _forward(
     face = _face(x, dims)
     if face is None:
         return reference_mlp(x, params, dims, extra, extra_index)
-    out = x.new_empty((x.shape[0], dims[-1]))
+    out = empty(x, x.shape[0], dims[-1])
     face.call(
         "fused_mlp",
         x,
@@ -215,10 +216,6 @@ def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
     raise BackendError("fused_mlp is differentiable once; use ops.reference.fused_mlp for second derivatives")
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """The second derivative only raises."""
-
-
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, params, ctx.dims, extra, extra_index = inputs
     ctx.save_for_backward(x, params, extra, extra_index)
@@ -239,7 +236,6 @@ _fused_mlp_backward = define_op(
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    setup_context=_save_nothing,
     backward=_refuse_second_derivative,
 )
 _fused_mlp = define_op(

@@ -17,6 +17,7 @@ import torch
 from posemap_fast.checks import expect_dtype, expect_same_device, expect_shape
 from posemap_fast.errors import ShapeError
 from posemap_fast.ops._faces import face_of
+from posemap_fast.ops._memory import empty
 from posemap_fast.ops._register import define_op
 from posemap_fast.ops.reference.hash_encode import hash_encode as reference_hash_encode
 from posemap_fast.ops.reference.hash_encode import hash_encode_gradients as reference_gradients
@@ -163,7 +164,7 @@ def _forward(x: torch.Tensor, table: torch.Tensor, *numbers: int) -> torch.Tenso
         table = table.to(x.dtype)
     if face is None:
         return reference_hash_encode(x, table, spec)
-    out = x.new_empty(spec.output_dim, len(x))
+    out = empty(x, spec.output_dim, len(x))
     if table.dtype != x.dtype:
         inputs = (x.contiguous(), len(x), _aligned(table))
         face.run("pmf_hash_encode_cuda_f16table_f32", x, *inputs, *spec.native_arguments, out)
@@ -181,7 +182,7 @@ def _backward_table(grad: torch.Tensor, x: torch.Tensor, *numbers: int) -> torch
     face = face_of(x)
     if face is None:
         return reference_gradients(grad, x, None, spec)
-    grad_table = x.new_empty(spec.n_entries, spec.n_features_per_level)
+    grad_table = empty(x, spec.n_entries, spec.n_features_per_level)
     columns = grad.t().contiguous()
     face.call("hash_encode_backward_table", x, x.contiguous(), len(x), columns, *spec.native_arguments, grad_table)
     return grad_table
@@ -221,10 +222,6 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
     return grad_x, grad_table, *(None for _ in ctx.numbers)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """The second derivative only raises, so it needs nothing."""
-
-
 def _refuse_twice(ctx: Any, grad: torch.Tensor) -> None:
     raise RuntimeError(
         "hash_encode is differentiable once; its gradient has no derivative (create_graph=True was used)"
@@ -243,13 +240,11 @@ _op_backward_table = define_op(
     f"hash_encode_backward_table(Tensor grad, Tensor x, {_INTS}) -> Tensor",
     _backward_table,
     _backward_table_fake,
-    setup_context=_save_nothing,
     backward=_refuse_twice,
 )
 _op_backward_x = define_op(
     f"hash_encode_backward_x(Tensor grad, Tensor x, Tensor table, {_INTS}) -> Tensor",
     _backward_x,
     _backward_x_fake,
-    setup_context=_save_nothing,
     backward=_refuse_twice,
 )

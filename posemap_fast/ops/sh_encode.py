@@ -80,10 +80,6 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, N
     return (_op_backward(grad, dirs, ctx.degree) if ctx.needs_input_grad[0] else None), None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """The second derivative only raises, so it needs nothing."""
-
-
 def _refuse_twice(ctx: Any, grad: torch.Tensor) -> None:
     raise RuntimeError("sh_encode is differentiable once; its gradient has no derivative (create_graph=True was used)")
 
@@ -99,6 +95,5 @@ _op_backward = define_op(
     "sh_encode_backward(Tensor grad, Tensor dirs, int degree) -> Tensor",
     _backward,
     _backward_fake,
-    setup_context=_save_nothing,
     backward=_refuse_twice,
 )
