@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from posemap_fast.ops.composite import composite
 from posemap_fast.ops.fused_mlp import MLPSpec, fused_mlp
+from posemap_fast.ops.fused_radiance import RadianceSpec, fused_radiance
 from posemap_fast.ops.hash_encode import HashGridSpec, hash_encode
 from posemap_fast.ops.reference.composite import composite as reference_composite
 from posemap_fast.ops.reference.composite import composite_packed
 from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
+from posemap_fast.ops.reference.fused_radiance import fused_radiance as reference_radiance
 from posemap_fast.ops.reference.hash_encode import corner_rows
 from posemap_fast.ops.reference.hash_encode import hash_encode as reference_hash_encode
 from posemap_fast.seeding import step_generator
@@ -212,12 +214,12 @@ class StageOne:
     """A radiance field in training: hash grid -> density network -> colour network -> composite -> MSE -> Adam."""
 
     encode: Callable[..., torch.Tensor]
-    network: Callable[..., torch.Tensor]
+    radiance: Callable[..., Tensors]
     volume: Form
 
     N_RAYS, N_SAMPLES = 1024, 64
     GRID = HashGridSpec(log2_hashmap_size=16)
-    DENSITY, COLOUR = MLPSpec((32, 64, 16)), MLPSpec((32, 64, 64, 3))  # 16 of density + 16 of direction
+    HEADS = RadianceSpec(MLPSpec((32, 64, 16)), MLPSpec((32, 64, 64, 3)))  # colour: 16 of density + 16 of direction
 
     def __post_init__(self) -> None:
         rng = step_generator(0, "stage_one")
@@ -232,7 +234,7 @@ class StageOne:
         table = torch.randn(self.GRID.n_entries, self.GRID.n_features_per_level, generator=rng) * 0.1
         networks = [
             torch.cat([torch.randn(o * i, generator=rng) * (2 / i) ** 0.5 for o, i in spec.layer_shapes])
-            for spec in (self.DENSITY, self.COLOUR)
+            for spec in (self.HEADS.density, self.HEADS.colour)
         ]
         self.parameters = [p.requires_grad_() for p in (table, *networks)]
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-2, eps=1e-15, fused=True)
@@ -240,9 +242,8 @@ class StageOne:
     def loss(self) -> torch.Tensor:
         """Mean squared colour error of the rays, ()."""
         table, density, colour = self.parameters
-        hidden = self.network(self.encode(self.points, table, self.GRID), density, self.DENSITY)
-        sigmas = F.softplus(hidden[:, 0])
-        rgbs = self.network(hidden, colour, self.COLOUR, self.directions, self.ray).sigmoid()
+        encoding = self.encode(self.points, table, self.GRID)
+        sigmas, rgbs, _ = self.radiance(encoding, density, colour, self.directions, self.ray, self.HEADS)
         rgb = self.volume(self.rays, sigmas, rgbs, sigmas.new_zeros(len(sigmas), 0))[0]
         return F.mse_loss(rgb, self.pixels)
 
@@ -261,14 +262,22 @@ class StageOne:
 def stage_one_case() -> Timings:
     """A whole training step on 65 536 samples, T = 2^16; all sides use torch's fused Adam."""
 
-    def plain_network(x: torch.Tensor, params: torch.Tensor, spec: MLPSpec, *per_ray: torch.Tensor) -> torch.Tensor:
-        return reference_mlp(x, params, spec.dims, *per_ray)
+    def plain_radiance(
+        x: torch.Tensor,
+        density: torch.Tensor,
+        colour: torch.Tensor,
+        view: torch.Tensor,
+        rays: torch.Tensor,
+        spec: RadianceSpec,
+    ) -> Tensors:
+        dims, activation = (spec.density.dims, spec.colour.dims), (spec.bias, spec.max_log_density)
+        return reference_radiance(x, density, dims[0], view, rays, colour, dims[1], *activation)
 
-    exact = StageOne(reference_hash_encode, plain_network, exact_composite)
+    exact = StageOne(reference_hash_encode, plain_radiance, exact_composite)
     forms = {PLAIN: (reference_hash_encode, exact_composite), TUNED: (tuned_hash_encode, tuned_composite)}
     for name, (encode, volume) in forms.items():
-        ours = StageOne(hash_encode, fused_mlp, native_composite)  # afresh: timing trains it
-        peer = StageOne(encode, plain_network, volume)
+        ours = StageOne(hash_encode, fused_radiance, native_composite)  # afresh: timing trains it
+        peer = StageOne(encode, plain_radiance, volume)
         gradients = (ours.gradients, peer.gradients, exact.gradients)
         yield "step", Timing(*gradients, name, STEP_TOLERANCE, (ours.step, peer.step))
 

@@ -11,7 +11,7 @@
 #pragma once
 #include <cstdint>
 
-#define PMF_ABI_VERSION 2
+#define PMF_ABI_VERSION 3
 #define PMF_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum PmfStatus : int { PMF_OK = 0, PMF_BAD_ARGUMENT = 1, PMF_CUDA_ERROR_BASE = 1000 };

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from posemap_fast.fields.protocol import FieldConfig, FieldFeatures
-from posemap_fast.ops import FusedField, HashGridSpec, MLPSpec, fused_render_fits
+from posemap_fast.ops import FusedField, HashGridSpec, MLPSpec, RadianceSpec, fused_render_fits
 
 __all__ = ["FieldFunctions", "HashField"]
 
@@ -33,6 +33,7 @@ class FieldFunctions:
     hash_encode: Callable[[torch.Tensor, torch.Tensor, HashGridSpec], torch.Tensor]
     sh_encode: Callable[[torch.Tensor, int], torch.Tensor]
     fused_mlp: Callable[..., torch.Tensor]  # as `ops.fused_mlp`
+    fused_radiance: Callable[..., tuple[torch.Tensor, ...]] | None = None  # as `ops.fused_radiance`; None: of fused_mlp
     fuses: bool = False  # whether inference may run in `ops.fused_render`, which rounds to half
 
 
@@ -65,6 +66,9 @@ class HashField(nn.Module):
         n_view = config.sh_degree**2 + config.appearance_dim
         self.density_mlp = MLPSpec((n_encoding, config.hidden, n_geo))
         self.colour_mlp = MLPSpec((n_geo + n_view, config.hidden, config.hidden, 3))
+        self.radiance_spec = RadianceSpec(
+            self.density_mlp, self.colour_mlp, math.log(config.init_density), MAX_LOG_DENSITY
+        )
         self.pose_mlp = MLPSpec((n_encoding + n_geo, config.pose_hidden, config.pose_hidden))
         generator = torch.Generator().manual_seed(seed)
         table = torch.empty(self.grid.n_entries, config.n_features_per_level)
@@ -85,8 +89,22 @@ class HashField(nn.Module):
         """(n, 3) in the unit cube -> (n,) density in 1/unit, and the features for the heads."""
         encoding = self._functions.hash_encode(x, self.table, self.grid)
         geo = self._functions.fused_mlp(encoding, self.density_params, self.density_mlp)
-        log_density = geo[:, 0] + math.log(self.config.init_density)
+        log_density = geo[:, 0] + self.radiance_spec.bias
         return torch.exp(log_density.clamp(max=MAX_LOG_DENSITY)), FieldFeatures(encoding, geo)
+
+    def radiance(
+        self, x: torch.Tensor, rays_d: torch.Tensor, appearance: torch.Tensor | None, ray_indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, FieldFeatures]:
+        """`density` and `rgb` of the same samples, in one pass where the functions have one."""
+        if self._functions.fused_radiance is None:
+            sigmas, features = self.density(x)
+            return sigmas, self.rgb(features, rays_d, appearance, ray_indices), features
+        encoding = self._functions.hash_encode(x, self.table, self.grid)
+        view = self._view(rays_d, appearance)
+        sigmas, rgb, geo = self._functions.fused_radiance(
+            encoding, self.density_params, self.colour_params, view, ray_indices, self.radiance_spec
+        )
+        return sigmas, rgb, FieldFeatures(encoding, geo)
 
     def rgb(
         self,
@@ -96,14 +114,19 @@ class HashField(nn.Module):
         ray_indices: torch.Tensor,
     ) -> torch.Tensor:
         """Colour of each sample, (n, 3) in (0, 1); without `appearance` the mean one (a code of zeros)."""
-        view = self._functions.sh_encode(rays_d, self.config.sh_degree)
-        if self.config.appearance_dim > 0:
-            if appearance is None:
-                appearance = rays_d.new_zeros(rays_d.shape[0], self.config.appearance_dim)
-            view = torch.cat([view, appearance], dim=1)
+        view = self._view(rays_d, appearance)
         return torch.sigmoid(
             self._functions.fused_mlp(features.geo, self.colour_params, self.colour_mlp, view, ray_indices)
         )
+
+    def _view(self, rays_d: torch.Tensor, appearance: torch.Tensor | None) -> torch.Tensor:
+        """What the colour of a ray's samples depends on beside `geo`: (n_rays, n_view)."""
+        view = self._functions.sh_encode(rays_d, self.config.sh_degree)
+        if self.config.appearance_dim == 0:
+            return view
+        if appearance is None:
+            appearance = rays_d.new_zeros(rays_d.shape[0], self.config.appearance_dim)
+        return torch.cat([view, appearance], dim=1)
 
     def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:
         """Hidden pose feature of each sample, (n, pose_hidden)."""
@@ -124,7 +147,7 @@ class HashField(nn.Module):
             pose_spec=self.pose_mlp,
             sh_degree=self.config.sh_degree,
             appearance_dim=self.config.appearance_dim,
-            log_init_density=math.log(self.config.init_density),
+            log_init_density=self.radiance_spec.bias,
             max_log_density=MAX_LOG_DENSITY,
         )
         return found if fused_render_fits(found) else None

@@ -78,6 +78,12 @@ class Field(Protocol):
         """
         ...
 
+    def radiance(
+        self, x: torch.Tensor, rays_d: torch.Tensor, appearance: torch.Tensor | None, ray_indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, FieldFeatures]:
+        """`density` at `x` and `rgb` there: (n,), (n, 3) and the features, for when both are wanted."""
+        ...
+
     def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:
         """Hidden pose feature h_i of each sample, (n, pose_hidden), before the deferred projection."""
         ...

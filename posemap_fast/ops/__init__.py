@@ -4,6 +4,7 @@ from posemap_fast.ops._library import backend_name, use_backend
 from posemap_fast.ops.compact import CompactResult, compact
 from posemap_fast.ops.composite import CompositeOutput, composite
 from posemap_fast.ops.fused_mlp import MLPSpec, fused_mlp
+from posemap_fast.ops.fused_radiance import RadianceSpec, fused_radiance
 from posemap_fast.ops.fused_render import FusedField, fused_render, fused_render_fits
 from posemap_fast.ops.hash_encode import HashGridSpec, hash_encode
 from posemap_fast.ops.march import MarchResult, MarchSpec, march, pack_bits
@@ -17,10 +18,12 @@ __all__ = [
     "MLPSpec",
     "MarchResult",
     "MarchSpec",
+    "RadianceSpec",
     "backend_name",
     "compact",
     "composite",
     "fused_mlp",
+    "fused_radiance",
     "fused_render",
     "fused_render_fits",
     "hash_encode",

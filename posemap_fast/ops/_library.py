@@ -28,7 +28,7 @@ from posemap_fast.resources import resource_dir
 __all__ = ["backend_name", "cpu_library", "cuda_library", "failure", "native_available", "use_backend"]
 
 logger = logging.getLogger(__name__)
-ABI_VERSION = 2
+ABI_VERSION = 3
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHOICES = ("auto", "native", "reference")
 _forced: ContextVar[str | None] = ContextVar("posemap_fast_backend", default=None)

@@ -19,7 +19,7 @@ from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
 from posemap_fast.ops.reference.fused_mlp import fused_mlp_gradients as reference_gradients
 from posemap_fast.ops.reference.fused_mlp import split_params
 
-__all__ = ["MLPSpec", "fused_mlp"]
+__all__ = ["MLPSpec", "c_dims", "empty_like_layout", "fused_mlp", "fused_mlp_backward", "fused_mlp_forward"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def fused_mlp(
         expect_dtype("fused_mlp", "extra_index", extra_index, (torch.int64,))
         expect_shape("fused_mlp", "extra_index", extra_index, (len(x),))
         expect_same_device("fused_mlp", x=x, extra_index=extra_index)
-    return _fused_mlp(x, params, list(spec.dims), extra, extra_index)
+    return fused_mlp_forward(x, params, list(spec.dims), extra, extra_index)
 
 
 _WIDEST_ON_GPU = 256
@@ -107,14 +107,14 @@ def _face(x: torch.Tensor, dims: list[int]) -> Face | None:
 
 def _scratch(face: Face, x: torch.Tensor, dims: list[int], extra: torch.Tensor | None) -> Sequence[torch.Tensor]:
     width = 0 if extra is None else extra.shape[1]
-    return face.scratch("fused_mlp_cuda_scratch", x, _c_dims(dims), len(dims) - 1, len(x), width)
+    return face.scratch("fused_mlp_cuda_scratch", x, c_dims(dims), len(dims) - 1, len(x), width)
 
 
-def _c_dims(dims: list[int]) -> ctypes.Array[ctypes.c_int64]:
+def c_dims(dims: list[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(dims))(*dims)
 
 
-def _empty_like_layout(x: torch.Tensor) -> torch.Tensor:
+def empty_like_layout(x: torch.Tensor) -> torch.Tensor:
     """Empty (n, d): column-major when x is, else row-major."""
     n, width = x.shape
     if x.stride(0) == 1 and x.stride(1) != 1:
@@ -144,7 +144,7 @@ def _forward(
         "fused_mlp",
         x,
         *(x, x.stride(0), x.stride(1), *_extra_arguments(x, extra, extra_index), params.contiguous()),
-        *(_c_dims(dims), len(dims) - 1, x.shape[0], out, *_scratch(face, x, dims, extra)),
+        *(c_dims(dims), len(dims) - 1, x.shape[0], out, *_scratch(face, x, dims, extra)),
     )
     return out
 
@@ -184,7 +184,7 @@ def _backward(
         "fused_mlp_backward",
         x,
         *(grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1)),
-        *(*_extra_arguments(x, extra, extra_index), params.contiguous(), _c_dims(dims), len(dims) - 1, x.shape[0]),
+        *(*_extra_arguments(x, extra, extra_index), params.contiguous(), c_dims(dims), len(dims) - 1, x.shape[0]),
         *(
             grad_x,
             buffers[0].stride(0),
@@ -207,7 +207,7 @@ def _backward_fake(
     extra_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     needs_x, needs_extra, needs_params = needs
-    grad_x = _empty_like_layout(x) if needs_x else x.new_empty((0,))
+    grad_x = empty_like_layout(x) if needs_x else x.new_empty((0,))
     grad_extra = x.new_empty(extra.shape if needs_extra and extra is not None else (0,))
     return grad_x, grad_extra, params.new_empty(params.shape if needs_params else (0,))
 
@@ -225,20 +225,20 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
     x, params, extra, extra_index = ctx.saved_tensors
     needs_x, needs_params, _, needs_extra, _ = ctx.needs_input_grad
     needs = [needs_x, needs_extra, needs_params]
-    found = _fused_mlp_backward(grad, x, params, ctx.dims, needs, extra, extra_index)
+    found = fused_mlp_backward(grad, x, params, ctx.dims, needs, extra, extra_index)
     grad_x, grad_extra, grad_params = (value if needed else None for value, needed in zip(found, needs, strict=True))
     return grad_x, grad_params, None, grad_extra, None
 
 
 _EXTRA = "Tensor? extra, Tensor? extra_index"
-_fused_mlp_backward = define_op(
+fused_mlp_backward = define_op(
     f"fused_mlp_backward(Tensor grad, Tensor x, Tensor params, int[] dims, bool[] needs, {_EXTRA})"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     backward=_refuse_second_derivative,
 )
-_fused_mlp = define_op(
+fused_mlp_forward = define_op(
     f"fused_mlp(Tensor x, Tensor params, int[] dims, {_EXTRA}) -> Tensor",
     _forward,
     _forward_fake,

@@ -28,7 +28,7 @@ __all__ = ["PoseField", "RayOutput", "RenderConfig", "Renderer", "Samples"]
 class PoseField(Protocol):
     """What is rendered: a radiance field and the projection of its pose branch (`fields.NeRFP` is one)."""
 
-    field: Any  # the field protocol: density, rgb, pose_hidden
+    field: Any  # the field protocol: density, rgb, radiance, pose_hidden
 
     def project(self, hidden: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
         """Composited hidden (n_rays, 64) and opacity (n_rays,) -> PoseMap rows (n_rays, 256)."""
@@ -182,12 +182,13 @@ class Renderer:
                 x = _positions(origins, directions, samples)
             else:
                 x, sigmas, features = x[kept], sigmas[kept], features.select(kept)
-        if given or needs_grad:
-            sigmas, features = field.density(x)
-        n = sigmas.shape[0]
-        colours = (
-            field.rgb(features, directions, appearance, samples.ray_indices) if want_rgb else sigmas.new_zeros(n, 3)
-        )
+        view = (directions, appearance, samples.ray_indices)
+        if want_rgb and (given or needs_grad):
+            sigmas, colours, features = field.radiance(x, *view)
+        else:
+            if given or needs_grad:
+                sigmas, features = field.density(x)
+            colours = field.rgb(features, *view) if want_rgb else sigmas.new_zeros(sigmas.shape[0], 3)
         hidden = None
         if want_posemap:
             hidden = field.pose_hidden(x, features)

@@ -58,6 +58,9 @@ def test_backbone_gives_the_shapes_and_ranges_of_the_protocol(name: str) -> None
     assert sigma.shape == (50,) and bool((sigma > 0).all())
     assert rgb.shape == (50, 3) and bool(((rgb > 0) & (rgb < 1)).all())
     assert field.pose_hidden(x, features).shape == (50, CONFIG.pose_hidden)
+    bounds = {"rtol": 1e-5, "atol": 1e-6}
+    for got, want in zip(field.radiance(x, rays_d, appearance, rays)[:2], (sigma, rgb), strict=True):
+        torch.testing.assert_close(got, want, **bounds)
 
 
 @pytest.mark.parametrize("name", FIELD_BACKBONES.names())

@@ -62,7 +62,7 @@ def test_compiler_error_is_quoted(fresh, monkeypatch) -> None:
 
 def test_first_use_builds_into_the_cache_once_and_says_so(fresh, monkeypatch, caplog) -> None:
     source = fresh / "tiny.cpp"
-    source.write_text('extern "C" int pmf_abi_version() { return 2; }\n')
+    source.write_text(f'extern "C" int pmf_abi_version() {{ return {_library.ABI_VERSION}; }}\n')
     calls = []
 
     def build(root: Path, target: Path) -> None:
@@ -100,7 +100,7 @@ def test_library_of_another_abi_version_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "old.cpp"
     source.write_text('extern "C" int pmf_abi_version() { return 999; }\n')
     _build._run([compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "old.so")])
-    with pytest.raises(BackendError, match="ABI version 999, expected 2"):
+    with pytest.raises(BackendError, match=f"ABI version 999, expected {_library.ABI_VERSION}"):
         _library._load(tmp_path / "old.so")
 
 

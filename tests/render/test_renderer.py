@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -122,7 +125,7 @@ def test_depth_is_in_world_units(tiny_map, frame) -> None:
     nerfp, renderer = tiny_map
     with torch.no_grad():  # an opaque field: everything is hit in the first step
         nerfp.field.density_params.zero_()
-        nerfp.field.config = nerfp.field.config.__class__(**{**vars(nerfp.field.config), "init_density": 1e5})
+        nerfp.field.radiance_spec = dataclasses.replace(nerfp.field.radiance_spec, bias=math.log(1e5))
     out = renderer.render_rays(nerfp, torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), appearance=torch.zeros(1, 3))
     first_step_m = (renderer.near + 0.5 / 48) / frame.scale
     assert float(out.depth) == pytest.approx(first_step_m, rel=1e-3)

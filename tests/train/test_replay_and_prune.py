@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 
 from posemap_fast.geometry import Camera
@@ -54,7 +57,7 @@ def test_prune_keeps_what_cameras_see_and_drops_what_lies_behind(tiny_map, poses
     nerfp, renderer = tiny_map
     with torch.no_grad():  # opaque everywhere: cameras see only what is next to them
         nerfp.field.table.zero_()
-        nerfp.field.config = nerfp.field.config.__class__(**{**vars(nerfp.field.config), "init_density": 1e5})
+        nerfp.field.radiance_spec = dataclasses.replace(nerfp.field.radiance_spec, bias=math.log(1e5))
     camera = Camera(48, 36, 40.0, 40.0, 24.0, 18.0)
     images = torch.zeros(len(poses), 36, 48, 3, dtype=torch.uint8)
     kept = prune_occupancy(nerfp, renderer, TrainingViews.of(images, poses, camera), seed=0)
