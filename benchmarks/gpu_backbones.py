@@ -76,7 +76,7 @@ def train(field: str, render: str, steps: int, device: torch.device, scene: Any,
 
 def _views(scene: Any, split: str) -> TrainingViews:
     index = torch.tensor(scene.views(split))
-    return TrainingViews.of(scene.images[index], scene.c2w[index], scene.camera)
+    return TrainingViews.of(scene.images.select(index), scene.c2w[index], scene.camera)
 
 
 def main() -> int:

@@ -97,7 +97,7 @@ class _Pipeline:
 
     def _views(self, split: str) -> TrainingViews:
         index = torch.tensor(self.scene.views(split), dtype=torch.long)
-        views = TrainingViews.of(self.scene.images[index], self.scene.c2w[index], self.scene.camera)
+        views = TrainingViews.of(self.scene.images.select(index), self.scene.c2w[index], self.scene.camera)
         return views.to(self.device)
 
     @contextmanager

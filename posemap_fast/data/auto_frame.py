@@ -117,7 +117,7 @@ def _content(
         distances = _seen_distances(given, c2w, scene.camera)
         if len(distances) >= _MIN_POINTS:
             return given, distances, f"{len(given)} given points"
-    sparse = triangulate_scene(scene.images[views].numpy(), c2w, scene.camera, options)
+    sparse = triangulate_scene(scene.images.select(torch.tensor(views)), c2w, scene.camera, options)
     if len(sparse.xyz) >= _MIN_POINTS:
         return sparse.xyz, sparse.distance, f"{len(sparse.xyz)} points triangulated in {sparse.n_pairs} pairs of views"
     points, distances = _guessed_points(c2w, scene.camera)

@@ -1,32 +1,22 @@
-"""Reading images from disk: complete, in RGB, undistorted and at the working size, on a pool of threads."""
+"""Reading images from disk: complete, in RGB, undistorted and at the working size."""
 
 from __future__ import annotations
 
-import os
+import functools
+import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from posemap_fast.errors import DatasetError
-from posemap_fast.geometry import Camera
+from posemap_fast.geometry import Camera, Lens
 
-__all__ = ["ImageSpec", "load_images", "read_image", "working_size"]
+__all__ = ["ImageLoader", "read_image", "working_size"]
 
 _PNG_END = b"IEND\xaeB`\x82"
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length: TEM, RST0..7, SOI
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What stored images must be and what they become."""
-
-    camera: Camera  # of the stored images
-    distortion: tuple[float, ...] = ()  # OpenCV's k1 k2 p1 p2 [k3]; empty for a pinhole
-    size: tuple[int, int] = (0, 0)  # working (width, height)
 
 
 def working_size(camera: Camera, max_side: int | None) -> tuple[int, int]:
@@ -83,40 +73,55 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _undistortion_maps(spec: ImageSpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where each pixel of the pinhole image lies in the stored one; None without distortion."""
-    if not any(spec.distortion):
-        return None
-    k = spec.camera.K.numpy().copy()
-    k[:2, 2] -= 0.5  # OpenCV puts pixel centres at integers
-    size = (spec.camera.width, spec.camera.height)
-    return cv2.initUndistortRectifyMap(k, np.array(spec.distortion), np.eye(3), k, size, cv2.CV_32FC1)
-
-
-def load_images(paths: Sequence[Path], spec: ImageSpec) -> np.ndarray:
-    """Read, check, undistort and resize images.
+class ImageLoader:
+    """Reads the images of a list of files as the shared camera sees them: checked, undistorted, resampled, resized.
 
     Args:
         paths: n files.
-        spec: stored camera, distortion, working size.
-    Returns:
-        (n, height, width, 3) uint8 RGB.
-    Raises:
-        DatasetError: the first damaged file in the order of `paths`, or one whose size is not the camera's.
+        lenses: of the stored images, n.
+        target: the shared pinhole camera, at the stored images' resolution.
+        size: working (width, height).
     """
-    maps = _undistortion_maps(spec)
-    stored, (width, height) = (spec.camera.width, spec.camera.height), spec.size
 
-    def load(path: Path) -> np.ndarray:
-        image = read_image(path)
-        if image.shape[1::-1] != stored:
+    def __init__(self, paths: Sequence[Path], lenses: Sequence[Lens], target: Camera, size: tuple[int, int]):
+        self._paths, self._lenses, self._target, self._size = paths, lenses, target, size
+        self._maps = functools.lru_cache(maxsize=4)(self._sampling_map)
+
+    def key(self) -> str:
+        """What decides the decoded images: files with their sizes and times, cameras, size."""
+        digest = hashlib.sha256(repr((self._target, self._size)).encode())
+        for path, lens in zip(self._paths, self._lenses, strict=True):
+            digest.update(repr((str(path), *_stamp(path), lens)).encode())
+        return digest.hexdigest()[:32]
+
+    def _sampling_map(self, lens: Lens) -> tuple[np.ndarray, np.ndarray]:
+        where = np.nan_to_num(lens.sampling_map(self._target), nan=-1e6, posinf=1e6, neginf=-1e6)
+        return np.ascontiguousarray(where[..., 0]), np.ascontiguousarray(where[..., 1])
+
+    def __call__(self, index: int) -> np.ndarray:
+        """(height, width, 3) uint8 RGB.
+
+        Raises:
+            DatasetError: a damaged image, or one whose size is not its camera's.
+        """
+        path, lens = self._paths[index], self._lenses[index]
+        image, camera = read_image(path), lens.camera
+        if image.shape[1::-1] != (camera.width, camera.height):
             raise DatasetError(
-                f"{path}: image is {image.shape[1]}x{image.shape[0]} but w, h say {stored[0]}x{stored[1]}; "
+                f"{path}: image is {image.shape[1]}x{image.shape[0]} but w, h say {camera.width}x{camera.height}; "
                 "give the intrinsics of the stored images"
             )
-        if maps is not None:
-            image = cv2.remap(image, maps[0], maps[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        return image if stored == spec.size else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        if not lens.is_pinhole or camera != self._target:
+            image = cv2.remap(image, *self._maps(lens), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        if image.shape[1::-1] == self._size:
+            return image
+        return cv2.resize(image, self._size, interpolation=cv2.INTER_AREA)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return np.stack(list(pool.map(load, paths)))
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change; zeros for a missing file, which reading reports."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

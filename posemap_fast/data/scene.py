@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
+from posemap_fast.data.image_stack import ImageStack
 from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.registry import Registry
 
-__all__ = ["DATASETS", "SPLIT_NAMES", "DatasetKind", "Scene", "load_scene"]
+__all__ = ["DATASETS", "SPLIT_NAMES", "DatasetKind", "Scene", "check_options", "load_scene"]
 
 SPLIT_NAMES = ("train", "val", "test", "unlabelled")
 
@@ -32,7 +33,7 @@ class Scene:
     """
 
     name: str
-    images: torch.Tensor  # (n, H, W, 3) uint8 RGB
+    images: ImageStack  # (n, H, W, 3) uint8 RGB
     names: list[str]  # n unique names, as results report them
     c2w: torch.Tensor  # (n, 4, 4) float64, world unit
     camera: Camera  # of the images as stored here
@@ -41,6 +42,9 @@ class Scene:
     split_rule: str  # one sentence: how the split came about
     points: torch.Tensor | None = None  # (p, 3) float32 sparse points, world unit
     depth: torch.Tensor | None = None  # (n, H, W) float32 z-depth of pixel centres; ground truth for tests
+    ground_truth: str = ""  # where the poses come from, when the dataset has a choice
+    notes: list[str] = field(default_factory=list)  # what the loader left out, and why
+    image_digest: str = ""  # `images.digest()` where it is known already
     fingerprint: str = field(default="")  # SHA-256 of the content; computed when empty
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class Scene:
         digest = hashlib.sha256()
         head = {"names": self.names, "camera": self.camera.to_dict(), "splits": self.splits, "metric": self.is_metric}
         digest.update(json.dumps(head, sort_keys=True).encode())
-        digest.update(self.images.contiguous().numpy().data)
+        digest.update((self.image_digest or self.images.digest()).encode())
         digest.update(self.c2w.contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -101,6 +105,7 @@ class DatasetKind:
     recognises: Callable[[str], bool]
     load: Callable[..., Scene]
     expects: str  # what it looks for, in words, for the error message
+    options: tuple[str, ...] | None = None  # what `load` takes beside the spec; None: see its signature
 
 
 DATASETS: Registry[DatasetKind] = Registry("dataset")
@@ -124,10 +129,15 @@ def load_scene(spec: str | Path, dataset: str | None = None, **options: object) 
         state = "exists but holds none of these" if Path(spec).exists() else "does not exist"
         raise DatasetError(f"{spec}: no scene found, the path {state} ({kinds})")
     kind = DATASETS.get(name)
-    known_options = list(inspect.signature(kind.load).parameters)[1:]
-    for option in options:
-        if option not in known_options:
-            near = get_close_matches(option, known_options, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"dataset {name}: unknown option '{option}'{hint} (known: {', '.join(known_options)})")
+    known = kind.options if kind.options is not None else tuple(inspect.signature(kind.load).parameters)[1:]
+    check_options(f"dataset {name}", options, known)
     return kind.load(spec, **options)
+
+
+def check_options(where: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `ConfigError` for an option that is not among `known`, with the nearest that is."""
+    for option in options:
+        if option not in known:
+            near = get_close_matches(option, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{where}: unknown option '{option}'{hint} (known: {', '.join(known)})")

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from posemap_fast.data.splits import BlockRule, block_split
+from posemap_fast.data.splits import BlockRule, block_split, sequence_split
 from posemap_fast.errors import DatasetError
 
 __all__ = ["resolve_split"]
@@ -68,6 +68,11 @@ def resolve_split(path: Path, names: list[str], lists: dict[str, Any] | None) ->
         DatasetError: empty train or test, a name that does not exist, a name in two lists.
     """
     if lists is None:
+        held_out = sequence_split([PurePosixPath(name).parent.as_posix() for name in names])
+        if held_out is not None:
+            train, test, text = held_out
+            cut, note = _cut_validation(train)
+            return {"test": test, **cut}, f"{text}; {note}"
         rule = BlockRule()
         try:
             splits = block_split(len(names), rule)

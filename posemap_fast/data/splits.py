@@ -6,11 +6,13 @@ test and validation views come in blocks, and the frames next to a block are lef
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posemap_fast.errors import DatasetError
 
-__all__ = ["BlockRule", "block_split"]
+__all__ = ["BlockRule", "block_split", "sequence_split"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,36 @@ def _alternate(test: list[int], val: list[int]) -> list[tuple[str, int]]:
     order = [((i + 0.5) / len(test), "test", n) for i, n in enumerate(test)]
     order += [((i + 0.5) / len(val), "val", n) for i, n in enumerate(val)]
     return [(kind, n) for _, kind, n in sorted(order)]
+
+
+_LEAST_TEST, _MOST_TEST = 0.1, 0.5  # shares of the views between which whole sequences make a test set
+
+
+def sequence_split(sequences: Sequence[str], share: float = 0.2) -> tuple[list[int], list[int], str] | None:
+    """Hold out whole sequences: the last ones, as many as come nearest to `share` of the views.
+
+    Args:
+        sequences: name of the sequence of each view (its folder).
+        share: wanted share of test views.
+    Returns:
+        training views, test views and the rule in words; None when no choice of last sequences leaves between 10 and
+        50 % of the views for testing (one sequence, or a single very long one at the end).
+    """
+    names = list(dict.fromkeys(sequences))
+    counts = Counter(sequences)
+    best: tuple[float, int] | None = None
+    total = 0
+    for n_held in range(1, len(names)):
+        total += counts[names[-n_held]]
+        found = total / len(sequences)
+        if _LEAST_TEST <= found <= _MOST_TEST and (best is None or abs(found - share) < best[0]):
+            best = abs(found - share), n_held
+    if best is None:
+        return None
+    held = set(names[-best[1] :])
+    test = [i for i, name in enumerate(sequences) if name in held]
+    train = [i for i, name in enumerate(sequences) if name not in held]
+    return train, test, f"by sequence: {', '.join(names[-best[1] :])} held out for testing"
 
 
 def block_split(n_views: int, rule: BlockRule | None = None) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from posemap_fast.data.image_stack import ImageStack
 from posemap_fast.geometry import Camera
 
 __all__ = ["SparsePoints", "TriangulationOptions", "choose_pairs", "triangulate_pair", "triangulate_scene"]
@@ -133,7 +134,7 @@ def triangulate_pair(
 
 
 def triangulate_scene(
-    images: np.ndarray, c2w: np.ndarray, camera: Camera, options: TriangulationOptions | None = None
+    images: ImageStack | np.ndarray, c2w: np.ndarray, camera: Camera, options: TriangulationOptions | None = None
 ) -> SparsePoints:
     """Sparse points of posed views.
 
@@ -156,7 +157,7 @@ def triangulate_scene(
         return triangulate_pair(camera, (poses[pair[0]], poses[pair[1]]), pixels, options)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        features = list(pool.map(lambda view: _keypoints(images[view], options), chosen))
+        features = list(pool.map(lambda view: _keypoints(np.asarray(images[int(view)]), options), chosen))
         parts = list(pool.map(one, pairs))
     xyz = np.concatenate([np.zeros((0, 3)), *(part[0] for part in parts)])
     return SparsePoints(xyz, np.concatenate([np.zeros(0), *(part[1] for part in parts)]), len(pairs))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from posemap_fast.checks import expect_dtype, expect_shape
+from posemap_fast.data import ImageStack
 from posemap_fast.errors import ShapeError
 from posemap_fast.eval.metrics import pose_errors, summarize
 from posemap_fast.geometry import mean_pose
@@ -44,7 +45,10 @@ def mean_pose_baseline(train_c2w: torch.Tensor, test_c2w: torch.Tensor) -> dict[
 
 
 def nearest_view_baseline(
-    train_images: torch.Tensor, train_c2w: torch.Tensor, test_images: torch.Tensor, test_c2w: torch.Tensor
+    train_images: ImageStack | torch.Tensor,
+    train_c2w: torch.Tensor,
+    test_images: ImageStack | torch.Tensor,
+    test_c2w: torch.Tensor,
 ) -> dict[str, Any]:
     """Errors of answering every test view with the pose of the training view that looks most alike.
 
@@ -61,7 +65,7 @@ def nearest_view_baseline(
     return summarize(*pose_errors(answer, test_c2w))
 
 
-def nearest_views(train_images: torch.Tensor, test_images: torch.Tensor) -> torch.Tensor:
+def nearest_views(train_images: ImageStack | torch.Tensor, test_images: ImageStack | torch.Tensor) -> torch.Tensor:
     """Index of the training image with the highest descriptor correlation, for each test image: (m,) int64.
 
     Raises:
@@ -74,7 +78,7 @@ def nearest_views(train_images: torch.Tensor, test_images: torch.Tensor) -> torc
     return (image_descriptor(test_images) @ image_descriptor(train_images).T).argmax(dim=1)
 
 
-def image_descriptor(images: torch.Tensor) -> torch.Tensor:
+def image_descriptor(images: ImageStack | torch.Tensor) -> torch.Tensor:
     """What an image looks like, in 240 numbers: where which colour is, and where which edges are.
 
     Two parts of unit length, so that the product of two descriptors is the sum of two correlations:
@@ -88,9 +92,11 @@ def image_descriptor(images: torch.Tensor) -> torch.Tensor:
     Raises:
         ShapeError: another shape or dtype.
     """
-    expect_shape("image_descriptor", "images", images, (None, None, None, 3))
-    expect_dtype("image_descriptor", "images", images, [torch.uint8])
-    parts = [_describe(chunk.permute(0, 3, 1, 2).float() / 255) for chunk in images.split(_CHUNK)]
+    parts = []
+    for chunk in images.split(_CHUNK):
+        expect_shape("image_descriptor", "images", chunk, (None, None, None, 3))
+        expect_dtype("image_descriptor", "images", chunk, [torch.uint8])
+        parts.append(_describe(chunk.permute(0, 3, 1, 2).float() / 255))
     return torch.cat(parts)
 
 

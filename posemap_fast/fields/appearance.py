@@ -7,6 +7,8 @@ an unseen percentage is interpolated instead of an untrained row.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -16,21 +18,21 @@ N_BINS = 10
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
-def luminance_histogram(images: torch.Tensor) -> torch.Tensor:
+def luminance_histogram(images: Iterable[torch.Tensor]) -> torch.Tensor:
     """Fractions of pixels in ten equal bins of Y = .299 R + .587 G + .114 B.
 
     Args:
-        images: (n, H, W, 3) uint8, or float in [0, 1].
+        images: (n, H, W, 3) uint8, or float in [0, 1]; read one by one.
     Returns:
         (n, 10) float32, rows sum to 1.
     """
-    scale = 255.0 if images.dtype == torch.uint8 else 1.0
-    rows, weights = [], torch.tensor(_LUMINANCE, device=images.device)
+    rows = []
     for image in images:
-        luminance = (image.float() @ weights) / scale
+        scale = 255.0 if image.dtype == torch.uint8 else 1.0
+        luminance = (image.float() @ torch.tensor(_LUMINANCE, device=image.device)) / scale
         bins = (luminance * N_BINS).long().clamp_(0, N_BINS - 1)
         rows.append(torch.bincount(bins.flatten(), minlength=N_BINS) / bins.numel())
-    return torch.stack(rows) if rows else images.new_zeros(0, N_BINS, dtype=torch.float32)
+    return torch.stack(rows) if rows else torch.zeros(0, N_BINS)
 
 
 class AppearanceEncoder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from posemap_fast.geometry.cameras import Camera
+from posemap_fast.geometry.lens import LENSES, Lens, LensModel
 from posemap_fast.geometry.poses import (
     c2w_from_vector12,
     check_rigid,
@@ -28,7 +29,10 @@ from posemap_fast.geometry.rotations import (
 from posemap_fast.geometry.scene_frame import SceneFrame
 
 __all__ = [
+    "LENSES",
     "Camera",
+    "Lens",
+    "LensModel",
     "SceneFrame",
     "c2w_from_vector12",
     "camera_rays",

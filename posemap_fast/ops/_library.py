@@ -23,7 +23,7 @@ import torch
 
 from posemap_fast.errors import BackendError
 from posemap_fast.ops import _build
-from posemap_fast.resources import resource_dir
+from posemap_fast.resources import cache_dir, resource_dir
 
 __all__ = ["backend_name", "cpu_library", "cuda_library", "failure", "native_available", "use_backend"]
 
@@ -122,10 +122,6 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _cache_dir() -> Path:
-    return Path(os.environ.get("PMF_CACHE_DIR") or Path.home() / ".cache" / "posemap_fast")
-
-
 def _locate() -> Path:
     """Path of a CPU library for these sources and this machine, building it when there is none."""
     root = resource_dir("cuda_ext")
@@ -180,7 +176,7 @@ def _built_with_package(name: str, key: str) -> Path | None:
 
 def _find_or_build(label: str, name: str, key: str, build: Callable[[Path], None]) -> Path:
     """The library beside the package or in the cache, else a new one in the cache."""
-    target = _built_with_package(name, key) or _cache_dir() / key / name
+    target = _built_with_package(name, key) or cache_dir() / key / name
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

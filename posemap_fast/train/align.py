@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from posemap_fast.apr import APRNet
+from posemap_fast.data import ImageStack
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
@@ -58,7 +59,7 @@ class AlignStage:
         config: AlignConfig,
         net: APRNet,
         online: OnlineMap,
-        images: torch.Tensor,
+        images: ImageStack | torch.Tensor,
         camera: Camera,
         validation: TrainingViews,
         seed: int,
@@ -69,7 +70,7 @@ class AlignStage:
         self.net, self.online, self.camera = net, online, camera
         self.seed = seed
         stride = max(1, round(1 / config.share))
-        self.images = images[::stride]
+        self.images = ImageStack.of(images)[::stride]
         codes = online.nerfp.appearance_code(luminance_histogram(self.images))
         self.codes = None if codes is None else codes.detach()
         net.eval()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from posemap_fast.data import ImageStack
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import NeRFP, luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
@@ -47,22 +48,23 @@ class FieldTrainConfig:
 class TrainingViews:
     """Images with poses, as the stages use them."""
 
-    images: torch.Tensor  # (n, H, W, 3) uint8
+    images: ImageStack  # (n, H, W, 3) uint8
     c2w: torch.Tensor  # (n, 4, 4) float32
     camera: Camera
     histograms: torch.Tensor  # (n, 10)
 
     @classmethod
-    def of(cls, images: torch.Tensor, c2w: torch.Tensor, camera: Camera) -> TrainingViews:
+    def of(cls, images: torch.Tensor | ImageStack, c2w: torch.Tensor, camera: Camera) -> TrainingViews:
         """Bundle images with their luminance histograms; poses become float32."""
-        return cls(images, c2w.float(), camera, luminance_histogram(images))
+        stack = ImageStack.of(images)
+        return cls(stack, c2w.float(), camera, luminance_histogram(stack))
 
     def to(self, device: torch.device) -> TrainingViews:
         """The same on `device`."""
         return TrainingViews(self.images.to(device), self.c2w.to(device), self.camera, self.histograms.to(device))
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return len(self.images)
 
 
 class FieldStage:
@@ -142,7 +144,7 @@ class FieldStage:
         height, width = views.camera.height, views.camera.width
         flat = integers(generator, len(views) * height * width, self.n_rays, views.c2w.device)
         index, pixel = flat // (height * width), flat % (height * width)
-        target = views.images.reshape(-1, 3)[flat].float() / 255
+        target = views.images.pixels(flat).float() / 255
         xy = torch.stack([pixel % width, pixel // width], dim=1) + 0.5
         eye = torch.eye(4, device=flat.device)[None]
         local = camera_rays(views.camera, eye, xy)[1][0]  # (n, 3) in camera axes

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from posemap_fast.apr import APRNet
+from posemap_fast.data import ImageStack
 from posemap_fast.geometry import rotation_angle_deg
 from posemap_fast.train.nerfp import TrainingViews
 
@@ -20,13 +21,13 @@ def network_input(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def predict_poses(net: APRNet, images: torch.Tensor, batch: int = 16) -> torch.Tensor:
+def predict_poses(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> torch.Tensor:
     """(n, H, W, 3) uint8 -> (n, 4, 4) predicted camera-to-world, in evaluation mode."""
     was_training = net.training
     net.eval()
     parts = [net(network_input(chunk)).c2w for chunk in images.split(batch)]
     net.train(was_training)
-    return torch.cat(parts) if parts else images.new_zeros(0, 4, 4, dtype=torch.float32)
+    return torch.cat(parts) if parts else torch.zeros(0, 4, 4, device=images.device)
 
 
 def validation_score(net: APRNet, views: TrainingViews) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from posemap_fast.data import FrameEstimate, Scene, estimate_frame, load_scene
+from posemap_fast.data import FrameEstimate, ImageStack, Scene, estimate_frame, load_scene
 from posemap_fast.data.box_fit import BoxOptions, fit_box, up_direction, wild_cameras
 from posemap_fast.data.triangulate import TriangulationOptions, triangulate_pair, triangulate_scene
 from posemap_fast.errors import DatasetError, FileFormatError
@@ -64,12 +64,16 @@ def test_wrong_matches_are_rejected():
 
 def test_triangulated_points_of_the_room_lie_on_its_surfaces(small_room):
     views = small_room.views("train")
-    sparse = triangulate_scene(small_room.images[views].numpy(), small_room.c2w[views].numpy(), small_room.camera)
+    sparse = triangulate_scene(
+        small_room.images.select(torch.tensor(views)), small_room.c2w[views].numpy(), small_room.camera
+    )
     from posemap_fast.data.room.layout import clearance
 
     assert len(sparse.xyz) > 300
     assert np.median(np.abs(clearance(sparse.xyz))) < 0.05
-    again = triangulate_scene(small_room.images[views].numpy(), small_room.c2w[views].numpy(), small_room.camera)
+    again = triangulate_scene(
+        small_room.images.select(torch.tensor(views)), small_room.c2w[views].numpy(), small_room.camera
+    )
     assert np.array_equal(sparse.xyz, again.xyz)
 
 
@@ -126,7 +130,9 @@ def test_given_points_replace_triangulation(small_room):
 
 
 def test_featureless_images_fall_back_to_the_frusta(small_room):
-    blank = dataclasses.replace(small_room, images=torch.full_like(small_room.images, 128), fingerprint="")
+    blank = dataclasses.replace(
+        small_room, images=ImageStack(torch.full(small_room.images.shape, 128, dtype=torch.uint8)), fingerprint=""
+    )
     found = estimate_frame(blank)
     assert "camera frusta alone" in found.rule
     inside = found.frame.to_field(blank.c2w[:, :3, 3])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from posemap_fast.data.image_stack import ImageStack
 from posemap_fast.data.room.atlas import Atlas, bake_atlas
 from posemap_fast.data.room.paths import camera_path
 from posemap_fast.data.room.tracer import trace_view
@@ -96,7 +97,7 @@ def load_room(
         views = list(pool.map(lambda pose: _render(atlas, camera, pose, supersample), c2w.numpy()))
     return Scene(
         name="room",
-        images=torch.from_numpy(np.stack([image for image, _ in views])),
+        images=ImageStack(torch.from_numpy(np.stack([image for image, _ in views]))),
         names=names,
         c2w=c2w,
         camera=camera,
