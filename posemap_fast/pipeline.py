@@ -63,11 +63,13 @@ def run_pipeline(run: RunDirectory, meter: ProgressMeter) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     begin = time.monotonic()
-    scene = load_scene(run.identity.scene, **_scene_options(run))
+    scene = load_scene(run.identity.scene, config.data.dataset or None, **_scene_options(run))
     run.claim(scene.fingerprint)
     handler = run.attach_log()
     try:
         logger.info("scene %s: %s; %s", scene.name, scene.counts(), scene.split_rule)
+        for note in scene.notes:
+            logger.info("%s", note)
         logger.info("field.backbone %s, render.backend %s", config.field.backbone, config.render.backend)
         return _Pipeline(run, scene, meter, time.monotonic() - begin).run_all()
     finally:
@@ -80,7 +82,8 @@ def _scene_options(run: RunDirectory) -> dict[str, Any]:
     if run.identity.scene == "room":
         width = data.room_width
         return {"n_train": data.room_train, "n_test": data.room_test, "width": width, "height": width * 3 // 4}
-    return {"max_side": data.max_side} if data.max_side else {}
+    given = {"max_side": data.max_side, "gt": data.gt, "stride": data.stride if data.stride != 1 else 0}
+    return {key: value for key, value in given.items() if value}
 
 
 class _Pipeline:

@@ -153,6 +153,8 @@ def summarize_run(
         "seed": identity.seed,
         "protocol": identity.config.protocol,
         "split": {"rule": scene.split_rule, **scene.counts()},
+        "ground_truth": scene.ground_truth,
+        "left_out": scene.notes,
         "unit": "m" if scene.is_metric else "scene units (not metric)",
         "nerf": {
             "psnr_db": float(np.mean(outcome.psnr_db)),
@@ -205,7 +207,7 @@ def write_files(
         views=_pictures(scene, views["test"], outcome),
         worst=_worst_cases(scene, scene_map, views["test"], outcome),
         is_metric=scene.is_metric,
-        notes=[scene.split_rule],
+        notes=[scene.split_rule, *scene.notes],
     )
     write_report(run.report_file, data)
 
