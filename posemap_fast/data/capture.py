@@ -38,6 +38,7 @@ __all__ = [
     "shared_camera",
 ]
 
+_LONGEST_PATH, _LONGEST_NAME = 2000, 200  # bytes; file systems refuse longer ones, each in its own way
 MIN_COVERAGE = 0.6  # share of the shared camera's image that a frame's own image must fill
 
 
@@ -122,7 +123,10 @@ def inside(root: Path, name: str, where: str) -> Path:
         DatasetError: it does, or it cannot be a path; the message starts with `where` (file and line or field).
     """
     try:
+        if len(name.encode()) > _LONGEST_PATH or max(map(len, name.encode().split(b"/"))) > _LONGEST_NAME:
+            raise ValueError("too long")
         path = (root / name).resolve()
+        path.is_file()
         leads_out = not path.is_relative_to(root.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise DatasetError(f"{where}: {name[:60]!r} cannot be a file name ({error}); correct it") from error

@@ -15,8 +15,9 @@ from posemap_fast.geometry import Camera, Lens
 
 __all__ = ["ImageLoader", "read_image", "working_size"]
 
-_PNG_END = b"IEND\xaeB`\x82"
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length: TEM, RST0..7, SOI
+_FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers SOF0..15
+_MOST_PIXELS, _PIXELS_PER_BYTE = 1 << 28, 9000  # deflate packs at most 1032:1, 8 pixels to a byte
 
 
 def working_size(camera: Camera, max_side: int | None) -> tuple[int, int]:
@@ -43,13 +44,43 @@ def _jpeg_is_complete(data: bytes) -> bool:
     return False
 
 
+def _png_is_complete(data: bytes) -> bool:
+    """Whether chunk follows chunk up to the end chunk; a decoder would first allocate what a chunk claims to hold."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if end > len(data):
+            return False
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at = end
+    return False
+
+
+def _claimed_size(data: bytes) -> tuple[int, int]:
+    """(width, height) that the header of a PNG or JPEG file claims; zeros for another file."""
+    if data[:4] == b"\x89PNG" and len(data) >= 24:
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAME_HEADERS:
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        fill = marker == 0xFF or marker in _STANDALONE
+        at += (1 if marker == 0xFF else 2) if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, 0
+
+
 def _defect(data: bytes) -> str | None:
-    """What is wrong with the bytes of an image file that a decoder would pass over in silence."""
+    """What is wrong with the bytes of an image file that a decoder would pass over in silence, or pay dearly for."""
     if not data:
         return "the file is empty"
+    width, height = _claimed_size(data)
+    if width * height > min(_MOST_PIXELS, _PIXELS_PER_BYTE * len(data)):
+        return f"{len(data)} bytes cannot hold the {width}x{height} pixels that its header claims"
     if data[:2] == b"\xff\xd8" and not _jpeg_is_complete(data):
         return f"JPEG of {len(data)} bytes is truncated (no end-of-image marker)"
-    if data[:4] == b"\x89PNG" and _PNG_END not in data[-64:]:
+    if data[:4] == b"\x89PNG" and not _png_is_complete(data):
         return f"PNG of {len(data)} bytes is truncated (no end chunk)"
     return None
 

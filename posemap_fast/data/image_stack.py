@@ -28,7 +28,7 @@ __all__ = ["ImageStack", "decode_images"]
 
 IN_MEMORY = 1 << 29  # bytes of decoded images; more than this is mapped
 _HEADER = 4096  # bytes before the images, JSON padded with spaces
-_RELEASE_AFTER = 1 << 28  # bytes of pages touched between two releases
+_RELEASE_AFTER = 5 << 28  # bytes of pages touched between two releases; smaller files stay mapped
 _PAGES_AROUND = 1 << 16  # bytes that the system maps around a touched byte
 
 
@@ -38,6 +38,7 @@ class _Mapping:
     def __init__(self, path: Path):
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._is_large = len(self._map) > _RELEASE_AFTER
         self._touched = 0
 
     def tensor(self, shape: Sequence[int]) -> torch.Tensor:
@@ -45,7 +46,7 @@ class _Mapping:
 
     def touched(self, n_bytes: int) -> None:
         self._touched += n_bytes
-        if self._touched > _RELEASE_AFTER:
+        if self._is_large and self._touched > _RELEASE_AFTER:
             self._touched = 0
             self._map.madvise(mmap.MADV_DONTNEED)
 

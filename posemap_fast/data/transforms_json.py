@@ -18,6 +18,7 @@ import torch
 
 from posemap_fast.data.capture import Capture, Frame, Parser, inside, natural_order, register_parser
 from posemap_fast.data.image_files import read_image
+from posemap_fast.data.npz import read_npz_array
 from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.files import write_text
 from posemap_fast.geometry import Camera, Lens, nearest_rotation, rigid_defect
@@ -110,14 +111,10 @@ def _points(path: Path) -> torch.Tensor | None:
     """Sparse points (p, 3) of points.npz, or None without the file."""
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            points = np.asarray(archive["xyz"], dtype=np.float32)
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        raise DatasetError(f"{path}: xyz: cannot read the points ({error}); write it again or remove it") from error
-    if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
+    points = read_npz_array(path, "xyz")
+    if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiu" or not np.isfinite(points).all():
         raise DatasetError(f"{path}: xyz: must be finite and (n, 3); got {points.shape}; write it again or remove it")
-    return torch.from_numpy(points)
+    return torch.from_numpy(points.astype(np.float32))
 
 
 def _lens_model(where: str, values: Mapping[str, Any]) -> str:

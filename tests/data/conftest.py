@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,9 @@ def capture(tmp_path: Path) -> Capture:
 def small_room() -> Scene:
     """The room at 80 x 60 with 40 training views."""
     return load_room(n_train=40, n_val=4, n_test=6, n_unlabelled=3, width=80, height=60)
+
+
+@pytest.fixture
+def capture_maker() -> Callable[..., Capture]:
+    """`make_capture`, for tests that need a capture elsewhere or of another size."""
+    return make_capture

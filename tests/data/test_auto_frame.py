@@ -213,3 +213,18 @@ def check_real(scene: Scene, estimate: FrameEstimate) -> None:
         assert 4 < estimate.scene_extent < 6.5 and frame.n_cascades == 1
     if scene.name == "castle":  # an open courtyard
         assert frame.n_cascades > 1
+
+
+@pytest.mark.dataset
+def test_boxes_of_real_scenes_hold_their_points_and_little_else(real_scenes):
+    """No number is set by hand; outdoors and unbounded scenes are held to the same bounds as rooms."""
+    for path in sorted(real_scenes.glob("*/transforms.json")):
+        scene = load_scene(path.parent, max_side=320)
+        train = torch.tensor(scene.views("train"))
+        points = triangulate_scene(scene.images.select(train), scene.c2w[train].numpy(), scene.camera).xyz
+        frame = estimate_frame(scene).frame
+        inside_cube = frame.to_field(torch.from_numpy(points)).numpy()
+        low, high = frame.aabb.numpy()
+        assert ((inside_cube >= low) & (inside_cube <= high)).all(1).mean() >= 0.99, scene.name
+        extent = np.diff(np.percentile(inside_cube, [0.5, 99.5], axis=0), axis=0)[0]
+        assert np.prod(high - low) <= 8 * np.prod(extent), scene.name

@@ -1,0 +1,173 @@
+"""Mutated input of every parser: only `DatasetError`, in time, without memory that a file merely claims.
+
+Each parser has a small valid dataset as its seed (`SEEDS`); the files it reads are damaged: bytes flipped, cut,
+repeated or replaced, numbers made huge, NaN or text, lines dropped, doubled or swapped. A new
+format adds one seed here.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from posemap_fast.data import PARSERS, parse_capture
+from posemap_fast.data.image_files import read_image
+from posemap_fast.errors import ConfigError, DatasetError
+
+Mutation = Callable[[bytes, random.Random], bytes]
+WORST_TOKENS = (
+    b"nan", b"inf", b"-inf", b"1e400", b"-1", b"0", b"1000000000000", b"18446744073709551615", b"1e-320", b"x", b"",
+    b"../../../etc/passwd", b"/etc/passwd", b"\x00", b"null", b"[]", b"{}", b'"', b"\xff\xfe", b"a" * 5000, b"\xc2\xb2",
+)  # fmt: skip
+WORST_NUMBERS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 10**12, 2**63 - 1, 2**64 - 1)
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    found = bytearray(data)
+    for _ in range(rng.choice((1, 1, 4, 30))):
+        if found:
+            found[rng.randrange(len(found))] = rng.randrange(256)
+    return bytes(found)
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data) + 1)]
+
+
+def remove(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + data[start + rng.randrange(1, 40) :]
+
+
+def repeat(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    piece = data[start : start + rng.randrange(1, 200)]
+    return data[:start] + piece * rng.choice((2, 3, 50)) + data[start:]
+
+
+def swap_lines(data: bytes, rng: random.Random) -> bytes:
+    lines = data.split(b"\n")
+    a, b = rng.randrange(len(lines)), rng.randrange(len(lines))
+    lines[a], lines[b] = lines[b], lines[a]
+    return b"\n".join(lines)
+
+
+def drop_or_double_line(data: bytes, rng: random.Random) -> bytes:
+    lines = data.split(b"\n")
+    at = rng.randrange(len(lines))
+    return b"\n".join(lines[:at] + lines[at : at + 1] * rng.choice((0, 2)) + lines[at + 1 :])
+
+
+def bad_token(data: bytes, rng: random.Random) -> bytes:
+    """One word or number of a text becomes something else."""
+    starts = [i for i in range(len(data)) if data[i : i + 1].isalnum() and not data[i - 1 : i].isalnum()]
+    if not starts:
+        return data
+    start = rng.choice(starts)
+    end = start
+    while end < len(data) and data[end : end + 1] not in (b" ", b",", b"\n", b"]", b"}", b'"', b":"):
+        end += 1
+    return data[:start] + rng.choice(WORST_TOKENS) + data[end:]
+
+
+def bad_integer(data: bytes, rng: random.Random) -> bytes:
+    """A little-endian count or id of a binary file becomes something else."""
+    width = rng.choice((4, 8))
+    if len(data) < width:
+        return data
+    at = rng.randrange(len(data) - width + 1)
+    value = rng.choice(WORST_NUMBERS) % (1 << (8 * width))
+    return data[:at] + value.to_bytes(width, "little") + data[at + width :]
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    flip, cut, remove, repeat, swap_lines, drop_or_double_line, bad_token, bad_token, bad_integer,
+)  # fmt: skip
+
+
+def transforms_json_seed(folder: Path, capture_maker: Callable[..., Any]) -> list[Path]:
+    capture = capture_maker(folder, n_views=4, width=8, height=6)
+    capture.split = {"train": ["images/frame_0.jpg"], "test": ["images/frame_1.jpg"]}
+    capture.content["frames"][2] |= {"fl_x": 30.0, "k1": 0.01, "camera_model": "OPENCV"}
+    capture.content["applied_transform"] = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+    capture.write()
+    np.savez(folder / "points.npz", xyz=np.zeros((3, 3)))
+    return [folder / "transforms.json", folder / "split.json", folder / "points.npz"]
+
+
+Seed = Callable[[Path, Callable[..., Any]], list[Path]]  # makes the dataset, returns the files to damage
+SEEDS: dict[str, Seed] = {"transforms_json": transforms_json_seed}
+CASES_PER_PARSER = 4000
+LONGEST_S, MOST_BYTES = 2.0, 64 << 20
+
+
+def mutants(files: list[Path], cases: int, seed: str) -> Iterator[tuple[Path, bytes, bytes]]:
+    """(file, its content, a mutant), `cases` times, the same on every call."""
+    rng = random.Random(seed)
+    contents = {path: path.read_bytes() for path in files}
+    for _ in range(cases):
+        path = rng.choice(files)
+        data = contents[path]
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            data = rng.choice(MUTATIONS)(data, rng)
+        yield path, contents[path], data
+
+
+def test_every_parser_has_a_seed() -> None:
+    assert set(SEEDS) == set(PARSERS)
+
+
+@pytest.mark.parametrize("name", sorted(SEEDS))
+def test_mutated_datasets_load_or_are_refused_in_one_line(
+    name: str, tmp_path: Path, capture_maker: Callable[..., Any]
+) -> None:
+    root = tmp_path / "scene"
+    files = SEEDS[name](root, capture_maker)
+    assert len(parse_capture(root, name).frames) > 0  # the seed itself is sound
+    refused = 0
+    tracemalloc.start()
+    try:
+        for path, original, mutant in mutants(files, CASES_PER_PARSER, name):
+            path.write_bytes(mutant)
+            begin = time.monotonic()
+            try:
+                capture = parse_capture(root, name)
+                assert all(frame.path.is_relative_to(root.resolve()) for frame in capture.frames)
+                assert all(bool(frame.c2w.isfinite().all()) for frame in capture.frames)
+            except DatasetError as error:
+                refused += 1
+                assert "\n" not in str(error) and str(tmp_path) in str(error), str(error)
+            except ConfigError as error:
+                pytest.fail(f"{path.name}: a damaged file is no wrong configuration: {error}")
+            assert time.monotonic() - begin < LONGEST_S, f"{path.name}: {mutant[:200]!r}"
+            path.write_bytes(original)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
+    assert refused > CASES_PER_PARSER / 10
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_mutated_images_are_read_whole_or_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image{suffix}"
+    picture = cv2.resize(np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8), (32, 24))
+    cv2.imwrite(str(path), picture)
+    for _, _, mutant in mutants([path], CASES_PER_PARSER // 2, suffix):
+        path.write_bytes(mutant)
+        begin = time.monotonic()
+        try:
+            image = read_image(path)
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.nbytes < MOST_BYTES
+        except DatasetError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+        assert time.monotonic() - begin < LONGEST_S
