@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,8 @@ def _lens(where: str, values: Mapping[str, Any], image: Path) -> Lens:
     cx, cy = _number(where, values, "cx", width / 2), _number(where, values, "cy", height / 2)
     camera, model = Camera(width, height, fx, fy, cx, cy), _lens_model(where, values)
     coefficients = tuple(_number(where, values, key, 0.0) for key in _COEFFICIENTS.get(model, ()))
-    return Lens(camera, model, coefficients) if any(coefficients) else Lens(camera)
+    lens = Lens(camera, model, coefficients)
+    return Lens(camera) if lens.is_pinhole else lens
 
 
 def _frames(path: Path, content: dict[str, Any]) -> list[Frame]:
@@ -279,8 +280,14 @@ def write_transforms_json(folder: Path, capture: Capture, file_paths: Mapping[st
     if capture.points is not None:
         np.savez_compressed(folder / "points.npz", xyz=capture.points.numpy())
     if capture.lists is not None:
-        names = {k: [file_paths[n] for n in v] for k, v in capture.lists.items() if k != "rule"}
+        stems = {PurePosixPath(name).with_suffix("").as_posix(): path for name, path in file_paths.items()}
+        listed = {**stems, **file_paths}
+        lists = {
+            key: [listed[name] for name in capture.lists.get(key, [])]
+            for key in ("train", "val", "test")
+            if key in capture.lists
+        }
         rule = {"rule": capture.lists["rule"]} if "rule" in capture.lists else {}
-        write_text(folder / "split.json", json.dumps(rule | names, indent=1) + "\n")
+        write_text(folder / "split.json", json.dumps(rule | lists, indent=1) + "\n")
     write_text(folder / "transforms.json", json.dumps(content, indent=1) + "\n")
     return folder / "transforms.json"

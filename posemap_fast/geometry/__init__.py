@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posemap_fast.geometry import lens_colmap  # noqa: F401  (registration)
 from posemap_fast.geometry.cameras import Camera
 from posemap_fast.geometry.lens import LENSES, Lens, LensModel
 from posemap_fast.geometry.poses import (

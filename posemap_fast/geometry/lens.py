@@ -56,7 +56,7 @@ class Lens:
     @property
     def is_pinhole(self) -> bool:
         """Whether nothing is bent."""
-        return self.model == "pinhole" or not any(self.coefficients)
+        return self.model == "pinhole" or (self.model == "opencv" and not any(self.coefficients))
 
     def pixels(self, xy: np.ndarray) -> np.ndarray:
         """Normalised positions (n, 2) -> pixel positions (n, 2) on the stored image."""

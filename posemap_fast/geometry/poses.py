@@ -124,7 +124,7 @@ def rigid_defect(c2w: torch.Tensor, tolerance: float = _RIGID_TOLERANCE) -> str 
         return "has NaN or infinite entries"
     rotation = c2w[:3, :3].double()
     defect = float((rotation.T @ rotation - torch.eye(3, dtype=torch.float64, device=c2w.device)).abs().max())
-    if defect > tolerance:
+    if not defect <= tolerance:  # NaN, where huge entries overflow, is none
         return f"is not rigid: R^T R differs from the identity by {defect:.3g}"
     determinant = float(torch.linalg.det(rotation))
     if determinant < 0:

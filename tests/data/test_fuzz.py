@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -104,9 +105,112 @@ def transforms_json_seed(folder: Path, capture_maker: Callable[..., Any]) -> lis
     return [folder / "transforms.json", folder / "split.json", folder / "points.npz"]
 
 
+def _images(folder: Path, names: list[str], size: tuple[int, int] = (32, 24)) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / name), np.full((size[1], size[0], 3), 90, np.uint8))
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def seven_scenes_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    names = [f"seq-0{sequence}/frame-00000{frame}.color.png" for sequence in (1, 2) for frame in (0, 1)]
+    _images(folder, names)
+    files = [_write(folder / "TrainSplit.txt", "sequence1\n"), _write(folder / "TestSplit.txt", "sequence2\n")]
+    for name in names:
+        matrix = "".join(f"{row}\n" for row in ("1 0 0 .5", "0 1 0 -2.5e-1", "0 0 1 3", "0 0 0 1"))
+        files.append(_write(folder / name.replace("color.png", "pose.txt"), matrix))
+    return files
+
+
+def seven_scenes_sfm_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    files = seven_scenes_seed(folder, _)[:2]
+    for part, sequence in (("train", 1), ("test", 2)):
+        lines = [f"seq-0{sequence}/frame-00000{frame}.color.png .8 0 .6 0 1 -2 3.25 525.5\n" for frame in (0, 1)]
+        files.append(_write(folder / f"{folder.name}_{part}.txt", "".join(lines)))
+    return files
+
+
+def cambridge_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    parts = {"train": ["seq1/frame00001.png", "seq1/frame00002.png"], "test": ["seq2/frame00003.png"]}
+    files = []
+    for part, names in parts.items():
+        _images(folder, names, (64, 36))
+        lines = [f"{name} 10.5 -2 1.5 .8 0 .6 0\n" for name in names]
+        header = "Visual Landmark Dataset V1\nImageFile, Camera Position [X Y Z W P Q R]\n\n"
+        files.append(_write(folder / f"dataset_{part}.txt", header + "".join(lines)))
+    cameras = [f"{n.replace('png', 'jpg')}\t1670.5 1 0 0 0 9 9 9 -0.05 0\n" for names in parts.values() for n in names]
+    nvm = f"NVM_V3 \n\n{len(cameras)}\n{''.join(cameras)}\n1\n1 2 3 0 0 0 1 0 0 5 5\n"
+    return [*files, _write(folder / "reconstruction.nvm", nvm)]
+
+
+def cambridge_converted_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    files = []
+    for part in ("train", "test"):
+        _images(folder / part / "rgb", ["seq1_frame00001.png"], (64, 36))
+        for kind, text in (("poses", "1 0 0 1\n0 1 0 2\n0 0 1 3\n0 0 0 1\n"), ("calibration", "744.5\n")):
+            (folder / part / kind).mkdir()
+            files.append(_write(folder / part / kind / "seq1_frame00001.txt", text))
+    return files
+
+
+def tum_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    times = [1305031102.175304, 1305031102.211214, 1305031102.243211]
+    _images(folder / "rgb", [f"{time:.6f}.png" for time in times])
+    return [
+        _write(folder / "rgb.txt", "# images\n" + "".join(f"{t:.6f} rgb/{t:.6f}.png\n" for t in times)),
+        _write(folder / "groundtruth.txt", "# poses\n" + "".join(f"{t:.4f} 1 .5 -2 0 .6 0 .8\n" for t in times)),
+        _write(folder / "calibration.txt", "525.0 525.5 16 12 .1 -.2 .001 0\n"),
+    ]
+
+
+def colmap_text_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    _images(folder / "images", ["a.png", "b.png"])
+    sparse = folder / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    images = "# list\n1 .8 0 .6 0 1 2 3 1 a.png\n1.5 2.5 1 3 4 -1\n2 1 0 0 0 .5 0 0 2 b.png\n\n"
+    return [
+        _write(
+            sparse / "cameras.txt",
+            "# list\n1 OPENCV 32 24 30 31 16 12 .1 .01 0 0\n2 SIMPLE_RADIAL 32 24 30 16 12 .05\n",
+        ),
+        _write(sparse / "images.txt", images),
+        _write(sparse / "points3D.txt", "# list\n1 .5 -1 4 200 100 50 .7 1 0\n2 1 1 5 1 2 3 .5 1 0 2 1\n"),
+    ]
+
+
+def colmap_binary_seed(folder: Path, _: Callable[..., Any]) -> list[Path]:
+    _images(folder / "images", ["a.png", "b.png"])
+    sparse = folder / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    camera = struct.pack("<QiiQQ4d", 1, 1, 1, 32, 24, 30.0, 31.0, 16.0, 12.0)  # one PINHOLE
+    images = struct.pack("<Q", 2)
+    for number, name in ((1, b"a.png"), (2, b"b.png")):
+        images += struct.pack("<i7di", number, 0.8, 0.0, 0.6, 0.0, 1.0, 2.0, 3.0, 1) + name + b"\0"
+        images += struct.pack("<Qddq", 1, 1.5, 2.5, 1)
+    points = struct.pack("<QQ3d3BdQii", 1, 1, 0.5, -1.0, 4.0, 200, 100, 50, 0.7, 1, 1, 0)
+    files = []
+    for name, content in (("cameras", camera), ("images", images), ("points3D", points)):
+        files.append(sparse / f"{name}.bin")
+        files[-1].write_bytes(content)
+    return files
+
+
 Seed = Callable[[Path, Callable[..., Any]], list[Path]]  # makes the dataset, returns the files to damage
-SEEDS: dict[str, Seed] = {"transforms_json": transforms_json_seed}
-CASES_PER_PARSER = 4000
+SEEDS: dict[tuple[str, str], Seed] = {
+    ("transforms_json", "folder"): transforms_json_seed,
+    ("7scenes", "dslam"): seven_scenes_seed,
+    ("7scenes", "sfm"): seven_scenes_sfm_seed,
+    ("cambridge", "official"): cambridge_seed,
+    ("cambridge", "converted"): cambridge_converted_seed,
+    ("colmap", "text"): colmap_text_seed,
+    ("colmap", "binary"): colmap_binary_seed,
+    ("tum_rgbd", "folder"): tum_seed,
+}
+CASES_PER_SEED = 2500
 LONGEST_S, MOST_BYTES = 2.0, 64 << 20
 
 
@@ -123,20 +227,21 @@ def mutants(files: list[Path], cases: int, seed: str) -> Iterator[tuple[Path, by
 
 
 def test_every_parser_has_a_seed() -> None:
-    assert set(SEEDS) == set(PARSERS)
+    assert {parser for parser, _ in SEEDS} == set(PARSERS)
+    assert len(SEEDS) * CASES_PER_SEED >= 20_000
 
 
-@pytest.mark.parametrize("name", sorted(SEEDS))
+@pytest.mark.parametrize(("name", "kind"), sorted(SEEDS))
 def test_mutated_datasets_load_or_are_refused_in_one_line(
-    name: str, tmp_path: Path, capture_maker: Callable[..., Any]
+    name: str, kind: str, tmp_path: Path, capture_maker: Callable[..., Any]
 ) -> None:
     root = tmp_path / "scene"
-    files = SEEDS[name](root, capture_maker)
+    files = SEEDS[name, kind](root, capture_maker)
     assert len(parse_capture(root, name).frames) > 0  # the seed itself is sound
     refused = 0
     tracemalloc.start()
     try:
-        for path, original, mutant in mutants(files, CASES_PER_PARSER, name):
+        for path, original, mutant in mutants(files, CASES_PER_SEED, name + kind):
             path.write_bytes(mutant)
             begin = time.monotonic()
             try:
@@ -153,7 +258,7 @@ def test_mutated_datasets_load_or_are_refused_in_one_line(
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:
         tracemalloc.stop()
-    assert refused > CASES_PER_PARSER / 10
+    assert refused > CASES_PER_SEED / 10
     shutil.rmtree(root)
 
 
@@ -162,7 +267,7 @@ def test_mutated_images_are_read_whole_or_refused(suffix: str, tmp_path: Path) -
     path = tmp_path / f"image{suffix}"
     picture = cv2.resize(np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8), (32, 24))
     cv2.imwrite(str(path), picture)
-    for _, _, mutant in mutants([path], CASES_PER_PARSER // 2, suffix):
+    for _, _, mutant in mutants([path], CASES_PER_SEED // 2, suffix):
         path.write_bytes(mutant)
         begin = time.monotonic()
         try:
