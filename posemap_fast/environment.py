@@ -19,7 +19,7 @@ import torch
 import posemap_fast
 from posemap_fast.ops import _library
 from posemap_fast.ops._build import find_compiler, find_nvcc
-from posemap_fast.optional import NERFACC, TINYCUDANN, OptionalLibrary
+from posemap_fast.optional import NERFACC, PYCOLMAP, TINYCUDANN, OptionalLibrary
 
 __all__ = ["GPU", "Component", "Environment", "gather_environment", "processor_name"]
 
@@ -64,6 +64,7 @@ class Environment:
     native_cuda: Component
     tinycudann: Component
     nerfacc: Component
+    pycolmap: Component
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values."""
@@ -89,6 +90,7 @@ def gather_environment() -> Environment:
         native_cuda=_native_cuda(),
         tinycudann=_optional(TINYCUDANN),
         nerfacc=_optional(NERFACC),
+        pycolmap=_optional(PYCOLMAP),
     )
 
 

@@ -1,6 +1,6 @@
-"""The optional GPU libraries: how each is found, how it is installed, and why it cannot be used here.
+"""The optional libraries: how each is found, how it is installed, and why it cannot be used here.
 
-Both need a CUDA device and are imported at their first use only, so that the package works without them.
+They are imported at their first use only, so that the package works without them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from posemap_fast.errors import BackendError
 
-__all__ = ["NERFACC", "TINYCUDANN", "OptionalLibrary"]
+__all__ = ["NERFACC", "PYCOLMAP", "TINYCUDANN", "OptionalLibrary"]
 
 _TCNN_INSTALL = (
     'pip install "setuptools<81" ninja && TCNN_CUDA_ARCHITECTURES={architecture} pip install --no-build-isolation '
@@ -31,6 +31,7 @@ class OptionalLibrary:
     install_command: str  # `{architecture}` stands for the GPU's compute capability
     note: str  # what the command needs; `{nvcc}` stands for the compiler that fits torch
     kernels: str = ""  # submodule whose `_C` is the compiled code, where importing `module` does not load it
+    needs_cuda: bool = True
 
     def version(self) -> str | None:
         """Installed version, None when it is not installed; nothing is imported."""
@@ -51,7 +52,7 @@ class OptionalLibrary:
     def problem(self) -> str | None:
         """Why it cannot be used here; None when it can. Nothing is imported."""
         problems = []
-        if not torch.cuda.is_available():
+        if self.needs_cuda and not torch.cuda.is_available():
             problems.append(f"{self.module} needs a CUDA device, and torch {torch.__version__} sees none")
         if self.version() is None:
             problems.append(f"{self.module} is not installed")
@@ -98,4 +99,10 @@ NERFACC = OptionalLibrary(
     "pip install nerfacc==0.5.3",
     "its kernels are compiled at the first use; needs {nvcc} on PATH, CUDA_HOME, ninja and minutes",
     kernels="nerfacc.cuda._backend",
+)
+PYCOLMAP = OptionalLibrary(
+    "pycolmap",
+    "pip install pycolmap",
+    "ready-made for Linux, macOS and Windows, no GPU needed",
+    needs_cuda=False,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from posemap_fast.commands.base import COMMANDS, Command
-from posemap_fast.data import Scene, estimate_frame, load_scene
+from posemap_fast.data.dataset_report import report_dataset
 from posemap_fast.environment import Component, Environment, gather_environment
-from posemap_fast.errors import DatasetError
+from posemap_fast.errors import ConfigError, DatasetError
+from posemap_fast.eval.top_down import check_picture, draw_top_down
 from posemap_fast.files import LOCALIZER_MAGIC, MAP_MAGIC, read_container
-from posemap_fast.geometry import rotation_angle_deg
 
 __all__ = ["inspect"]
 
 _DESCRIPTION = """\
-Say what a file or dataset is and whether it is whole: a scene map, a localizer, a run directory, or a capture
-(counts, camera, extent, how far the test views are from the training views, the automatic scene box).
+Say what a file or dataset is and whether it is whole: a scene map, a localizer, a run directory, or a dataset.
+
+Of a dataset it prints, as JSON: views per split and frames left out, stored sizes and cameras, whether the poses are
+rigid and fit the images (epipolar distances of matches, also for other conventions and focal lengths), the extent of
+the cameras, how far the test views are from the training views, damaged, doubled, blurred, black and blown-out
+images, the automatic scene box, and under `problems` one sentence for each finding that deserves a look.
 """
 _EXAMPLE = """\
 examples:
-  posemap inspect my_capture
+  posemap inspect my_capture --picture cameras.png
+  posemap inspect 7scenes/redkitchen --gt dslam --fast
   posemap inspect runs/room/scene.map
   posemap inspect --environment            what can run here, what is missing, and the line that installs it
   posemap inspect --environment --json"""
@@ -36,6 +42,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", help="file or folder, or `room`")
     parser.add_argument("--environment", action="store_true", help="versions, kernels and devices of this machine")
     parser.add_argument("--json", action="store_true", help="with --environment: JSON instead of a table")
+    parser.add_argument("--dataset", help="format of the dataset (default: recognised by its files)")
+    parser.add_argument("--gt", choices=("sfm", "dslam"), help="ground truth, for datasets that have two")
+    parser.add_argument("--fast", action="store_true", help="do not check every image, only what the poses need")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the dataset from above (png, svg, pdf)")
 
 
 def describe_file(path: Path) -> dict[str, Any] | None:
@@ -48,30 +58,6 @@ def describe_file(path: Path) -> dict[str, Any] | None:
     kind = "scene map" if magic == MAP_MAGIC else "localizer"
     sizes = {"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())}
     return {"kind": kind, "bytes": path.stat().st_size, **sizes, **header}
-
-
-def describe_scene(scene: Scene) -> dict[str, Any]:
-    """Counts, camera, extent, distances between test and training views, and the automatic frame."""
-    train, test = scene.c2w[scene.views("train")], scene.c2w[scene.views("test")]
-    distance = (test[:, None, :3, 3] - train[None, :, :3, 3]).norm(dim=-1)
-    nearest = distance.argmin(dim=1)
-    angle = rotation_angle_deg(test[:, :3, :3], train[nearest, :3, :3])
-    estimate = estimate_frame(scene)
-    return {
-        "kind": "dataset",
-        "name": scene.name,
-        "views": scene.counts(),
-        "split": scene.split_rule,
-        "camera": scene.camera.to_dict(),
-        "unit": "m" if scene.is_metric else "not metric",
-        "camera_box": [scene.c2w[:, :3, 3].amin(0).tolist(), scene.c2w[:, :3, 3].amax(0).tolist()],
-        "test_to_nearest_train": {
-            "median_distance": float(distance.amin(dim=1).median()),
-            "median_angle_deg": float(angle.median()),
-        },
-        "frame": estimate.rule,
-        "fingerprint": scene.fingerprint,
-    }
 
 
 def _environment_rows(found: Environment) -> dict[str, Component]:
@@ -91,6 +77,7 @@ def _environment_rows(found: Environment) -> dict[str, Component]:
         "native CUDA kernels": found.native_cuda,
         "tinycudann": found.tinycudann,
         "nerfacc": found.nerfacc,
+        "pycolmap": found.pycolmap,
     }
 
 
@@ -104,6 +91,36 @@ def print_environment(found: Environment, console: Console) -> None:
     for name, part in rows.items():
         if part.mend:
             console.print(f"{name}: {escape(part.mend)}", soft_wrap=True, highlight=False)
+
+
+def describe_dataset(options: argparse.Namespace) -> dict[str, Any]:
+    """All checks of a dataset; draws the picture where one is wanted."""
+    if options.picture is not None:
+        check_picture(options.picture)
+    given = {"gt": options.gt} if options.gt else {}
+    report = report_dataset(options.target, options.dataset, options.fast, **given)
+    if options.picture is not None:
+        estimate = report.estimate
+        draw_top_down(
+            options.picture,
+            report.c2w,
+            report.cameras,
+            report.splits,
+            points=estimate.points if estimate else None,
+            frame=estimate.frame if estimate else None,
+            unit="m" if report.is_metric else "units",
+            title=str(report.description["name"]),
+        )
+    return {key: _finite(value) for key, value in report.description.items()}
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for: an infinite error, the mean of nothing."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -123,7 +140,9 @@ def inspect(options: argparse.Namespace) -> int:
     if description is None and (path / "summary.json").is_file():
         description = {"kind": "run", **json.loads((path / "summary.json").read_text(encoding="utf-8"))}
     if description is None:
-        description = describe_scene(load_scene(options.target))
+        description = describe_dataset(options)
+    elif options.picture is not None:
+        raise ConfigError(f"--picture draws a dataset; {path} is a {description['kind']}")
     Console().print_json(json.dumps(description))
     return 0
 

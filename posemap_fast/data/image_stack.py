@@ -28,7 +28,9 @@ __all__ = ["ImageStack", "decode_images"]
 
 IN_MEMORY = 1 << 29  # bytes of decoded images; more than this is mapped
 _HEADER = 4096  # bytes before the images, JSON padded with spaces
-_RELEASE_AFTER = 5 << 28  # bytes of pages touched between two releases; smaller files stay mapped
+_STAYS = 5 << 28  # bytes of a file that may be resident as a whole
+_RELEASE_AFTER = 1 << 29  # bytes of mapped pages at which those of a larger file are given back
+_PIXELS_AT_ONCE = 512  # a touched byte may bring a huge page with it
 _PAGES_AROUND = 1 << 16  # bytes that the system maps around a touched byte
 
 
@@ -38,7 +40,7 @@ class _Mapping:
     def __init__(self, path: Path):
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._is_large = len(self._map) > _RELEASE_AFTER
+        self.is_large = len(self._map) > _STAYS
         self._touched = 0
 
     def tensor(self, shape: Sequence[int]) -> torch.Tensor:
@@ -46,9 +48,18 @@ class _Mapping:
 
     def touched(self, n_bytes: int) -> None:
         self._touched += n_bytes
-        if self._is_large and self._touched > _RELEASE_AFTER:
+        if self.is_large and (_mapped_bytes() or self._touched) > _RELEASE_AFTER:
             self._touched = 0
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that are resident in this process; 0 where the system does not say."""
+    try:
+        shared = int(Path("/proc/self/statm").read_text().split()[2])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return shared * mmap.PAGESIZE
 
 
 class ImageStack:
@@ -119,8 +130,13 @@ class ImageStack:
         per_image = self._images.shape[1] * self._images.shape[2]
         if self._index is not None:
             flat = self._index[flat // per_image] * per_image + flat % per_image
-        found = self._images.reshape(-1, 3)[flat]
-        self._tell(flat.numel() * _PAGES_AROUND)
+        colours = self._images.reshape(-1, 3)
+        if self._mapping is None or not self._mapping.is_large:
+            return colours[flat]
+        found = torch.empty(flat.numel(), 3, dtype=torch.uint8)
+        for part, into in zip(flat.split(_PIXELS_AT_ONCE), found.split(_PIXELS_AT_ONCE), strict=True):
+            torch.index_select(colours, 0, part, out=into)
+            self._tell(part.numel() * _PAGES_AROUND)
         return found
 
     def split(self, size: int) -> Iterator[torch.Tensor]:

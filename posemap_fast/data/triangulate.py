@@ -10,10 +10,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from posemap_fast.data.image_stack import ImageStack
+from posemap_fast.data.sift import match_descriptors, sift_points
 from posemap_fast.geometry import Camera
 
 __all__ = ["SparsePoints", "TriangulationOptions", "choose_pairs", "triangulate_pair", "triangulate_scene"]
@@ -62,34 +62,6 @@ def choose_pairs(c2w: np.ndarray, options: TriangulationOptions) -> list[tuple[i
             nearest = others[np.argsort(apart[view][others], kind="stable")[:count]]
             pairs |= {(min(view, int(j)), max(view, int(j))) for j in nearest}
     return sorted(pairs)
-
-
-def _keypoints(image: np.ndarray, options: TriangulationOptions) -> tuple[np.ndarray, np.ndarray]:
-    """SIFT of one RGB image -> image points (k, 2) with pixel centres at +0.5, RootSIFT descriptors (k, 128)."""
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    factor = 2 if max(grey.shape) < options.small_side else 1
-    if factor == 2:
-        grey = cv2.resize(grey, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-    found, descriptors = cv2.SIFT.create(nfeatures=options.max_keypoints).detectAndCompute(grey, None)
-    if descriptors is None:
-        return np.zeros((0, 2)), np.zeros((0, 128), np.float32)
-    points = (np.array([keypoint.pt for keypoint in found], np.float64).reshape(-1, 2) + 0.5) / factor
-    descriptors = np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1e-9))
-    return points, descriptors.astype(np.float32)
-
-
-def _match(a: np.ndarray, b: np.ndarray, ratio: float) -> np.ndarray:
-    """Mutually nearest descriptors that pass the ratio test -> (m, 2) indices."""
-    if len(a) < 2 or len(b) < 2:
-        return np.zeros((0, 2), np.int64)
-    matches = cv2.BFMatcher(cv2.NORM_L2).knnMatch(a, b, k=2)
-    best = np.array([(m.trainIdx, m.distance, n.distance) for m, n in matches])
-    back = np.full(len(b), -1)
-    order = np.argsort(-best[:, 1], kind="stable")  # the closest one is written last and stays
-    back[best[order, 0].astype(int)] = order
-    forward = best[:, 0].astype(int)
-    keep = (best[:, 1] < ratio * best[:, 2]) & (back[forward] == np.arange(len(a)))
-    return np.stack([np.flatnonzero(keep), forward[keep]], axis=1)
 
 
 def _rays(camera: Camera, c2w: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -150,14 +122,17 @@ def triangulate_scene(
     poses = c2w[chosen]
     pairs = choose_pairs(poses, options)
 
+    def points_of(view: int) -> tuple[np.ndarray, np.ndarray]:
+        return sift_points(np.asarray(images[int(view)]), options.max_keypoints, options.small_side)
+
     def one(pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         (points_a, words_a), (points_b, words_b) = features[pair[0]], features[pair[1]]
-        matches = _match(words_a, words_b, options.ratio)
+        matches = match_descriptors(words_a, words_b, options.ratio)
         pixels = points_a[matches[:, 0]], points_b[matches[:, 1]]
         return triangulate_pair(camera, (poses[pair[0]], poses[pair[1]]), pixels, options)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        features = list(pool.map(lambda view: _keypoints(np.asarray(images[int(view)]), options), chosen))
+        features = list(pool.map(points_of, chosen))
         parts = list(pool.map(one, pairs))
     xyz = np.concatenate([np.zeros((0, 3)), *(part[0] for part in parts)])
     return SparsePoints(xyz, np.concatenate([np.zeros(0), *(part[1] for part in parts)]), len(pairs))

@@ -26,7 +26,7 @@ from posemap_fast.eval.metrics import pose_errors, summarize
 from posemap_fast.files import write_text
 from posemap_fast.geometry import make_c2w, matrix_from_quaternion, quaternion_from_matrix
 
-__all__ = ["Trajectory", "evaluate_files", "read_trajectory", "write_named", "write_tum"]
+__all__ = ["Trajectory", "evaluate_files", "evaluate_folders", "read_trajectory", "write_named", "write_tum"]
 
 _N_COLUMNS = 8
 _NORM_RANGE = (0.5, 2.0)  # published files have norms up to 1.05; far outside, the columns are not a quaternion
@@ -127,6 +127,45 @@ def evaluate_files(pred: str | Path, gt: str | Path) -> dict[str, Any]:
     matched = torch.stack([answers.c2w[index[key]] if key in index else nowhere for key in truth.keys])
     t_err, r_err = pose_errors(matched, truth.c2w)
     return {**summarize(t_err, r_err), "n_missing": int(torch.isinf(t_err).sum()), "n_unmatched": len(unmatched)}
+
+
+def evaluate_folders(pred: str | Path, gt: str | Path) -> list[dict[str, Any]]:
+    """Score every file of a folder of predictions against the file of the same name in a folder of truths.
+
+    A final `.gz` does not count as part of the name. Predictions of which there is no truth are left out, with a
+    warning.
+
+    Returns:
+        One dict per scene in the order of the names: "scene" (the name without suffixes) and `evaluate_files`'s keys.
+    Raises:
+        DatasetError: a folder without files, a truth without predictions, or what `evaluate_files` raises.
+    """
+    answers, truths = _pose_files(Path(pred)), _pose_files(Path(gt))
+    missing = [name for name in truths if name not in answers]
+    if missing:
+        near = difflib.get_close_matches(missing[0], answers, n=1)
+        hint = f"rename '{near[0]}'" if near else "add it, or remove the truth"
+        raise DatasetError(f"{pred}: has no '{missing[0]}' for {truths[missing[0]]}; {hint}")
+    for name in sorted(set(answers) - set(truths)):
+        _LOG.warning("%s: is left out, there is no such file in %s", answers[name], gt)
+    return [{"scene": Path(name).stem, **evaluate_files(answers[name], path)} for name, path in sorted(truths.items())]
+
+
+def _pose_files(folder: Path) -> dict[str, Path]:
+    """Name without `.gz` -> file, of the visible files of a folder."""
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot list this folder: {error.strerror}; check the path") from error
+    if not found:
+        raise DatasetError(f"{folder}: holds no file; expected one file of poses per scene")
+    files: dict[str, Path] = {}
+    for path in found:
+        name = path.name.removesuffix(".gz")
+        if name in files:
+            raise DatasetError(f"{path}: is there a second time as {files[name].name}; keep one of them")
+        files[name] = path
+    return files
 
 
 def _read_lines(path: Path) -> list[str]:

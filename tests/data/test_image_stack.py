@@ -91,6 +91,7 @@ def test_an_error_while_decoding_passes_through_and_leaves_no_file(tmp_path, mon
 
 def test_pages_are_given_back_while_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("PMF_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("posemap_fast.data.image_stack._STAYS", 1 << 20)
     monkeypatch.setattr("posemap_fast.data.image_stack._RELEASE_AFTER", 1 << 20)
     size = (512, 512)
     whole = np.zeros((512, 512, 3), np.uint8)
@@ -104,6 +105,7 @@ def test_pages_are_given_back_while_reading(tmp_path, monkeypatch):
     most = 0
     for index in range(64):
         assert int(stack[index][0, 0, 0]) == index
+        assert int(stack.pixels(torch.tensor([index * 512 * 512 + 7]))[0, 1]) == index
         most = max(most, resident())
     assert most < 8 << 20  # of 48 MiB
 
