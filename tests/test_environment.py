@@ -31,7 +31,7 @@ def test_everything_is_plain_data(here) -> None:
 
 def test_every_part_is_there_or_says_why_not(here) -> None:
     parts = [value for value in vars(here).values() if isinstance(value, Component)]
-    assert len(parts) == 7
+    assert len(parts) == 8
     assert all(part.found or part.problem for part in parts)
 
 
@@ -94,7 +94,7 @@ def test_a_tool_that_cannot_run_or_hangs_is_silent(monkeypatch, failure) -> None
 def test_command_prints_a_table_without_a_dataset(capsys) -> None:
     assert main(["inspect", "--environment"]) == 0
     text = capsys.readouterr().out
-    for part in ("Python", "torch", "C++ compiler", "native CPU", "native CUDA", "tinycudann", "nerfacc"):
+    for part in ("Python", "torch", "C++ compiler", "native CPU", "native CUDA", "tinycudann", "nerfacc", "pycolmap"):
         assert part in text
 
 
