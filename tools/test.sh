@@ -11,6 +11,6 @@ python="${POSEMAP_PYTHON:-$root/.venv/bin/python}"
 if [[ $# -gt 0 ]]; then
   exec "$python" -m pytest "$@"
 fi
-# The emulated CUDA kernels are single-threaded: two processes. All else uses two threads: one process.
-OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 tests/cuda_emulation
-exec "$python" -m pytest -q --ignore=tests/cuda_emulation
+# The emulated CUDA kernels and the parsers are single-threaded: two processes. All else uses two threads: one process.
+OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 tests/cuda_emulation tests/data
+exec "$python" -m pytest -q --ignore=tests/cuda_emulation --ignore=tests/data
