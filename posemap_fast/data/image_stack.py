@@ -129,7 +129,7 @@ class ImageStack:
         """Colours (p, 3) of pixels numbered through all images of this selection, row by row; `flat` (p,) int64."""
         per_image = self._images.shape[1] * self._images.shape[2]
         if self._index is not None:
-            flat = self._index[flat // per_image] * per_image + flat % per_image
+            flat = self._of_all(flat // per_image) * per_image + flat % per_image
         colours = self._images.reshape(-1, 3)
         if self._mapping is None or not self._mapping.is_large:
             return colours[flat]
