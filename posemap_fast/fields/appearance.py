@@ -8,7 +8,8 @@ an unseen percentage is interpolated instead of an untrained row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,7 +21,15 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 _ENOUGH_PIXELS = 320 * 240
 
 
-def luminance_histogram(images: Iterable[torch.Tensor]) -> torch.Tensor:
+class Images(Protocol):
+    """A tensor, or a stack that reads its images one by one."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[torch.Tensor]: ...
+
+
+def luminance_histogram(images: Images) -> torch.Tensor:
     """Fractions of pixels in ten equal bins of Y = .299 R + .587 G + .114 B.
 
     Args:
@@ -28,15 +37,17 @@ def luminance_histogram(images: Iterable[torch.Tensor]) -> torch.Tensor:
     Returns:
         (n, 10) float32, rows sum to 1.
     """
-    rows = []
-    for image in images:
+    rows: torch.Tensor | None = None
+    for index, image in enumerate(images):
         step = math.ceil(math.sqrt(image.shape[0] * image.shape[1] / _ENOUGH_PIXELS))
         image = image[:: max(1, step), :: max(1, step)]
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
         luminance = (image.float() @ torch.tensor(_LUMINANCE, device=image.device)) / scale
         bins = (luminance * N_BINS).long().clamp_(0, N_BINS - 1)
-        rows.append((torch.bincount(bins.flatten(), minlength=N_BINS) / bins.numel()).tolist())
-    return torch.tensor(rows).reshape(-1, N_BINS)
+        row = torch.bincount(bins.flatten(), minlength=N_BINS) / bins.numel()
+        rows = row.new_empty(len(images), N_BINS) if rows is None else rows
+        rows[index] = row
+    return torch.zeros(0, N_BINS) if rows is None else rows
 
 
 class AppearanceEncoder(nn.Module):
