@@ -29,6 +29,7 @@ class DataConfig:
     dataset: str = ""  # format of the scene's folder, a name in PARSERS; empty = recognised by its files
     gt: Literal["", "sfm", "dslam"] = ""  # ground truth where a dataset has two; empty = its default
     stride: int = 1  # every n-th frame of each sequence, for datasets that are videos
+    unlabelled_every: int = 0  # every n-th test image becomes an unlabelled one for alignment and is not scored
     max_side: int = 0  # px; longer side of the images the map is trained on, 0 = as stored
     network_side: int = 0  # px; longer side of the network's input at the camera's aspect ratio, 0 = apr.input_size
     room_train: int = 200  # training views of the scene `room`

@@ -19,12 +19,16 @@ from posemap_fast.apr import APRNet
 from posemap_fast.data import FrameEstimate, Scene
 from posemap_fast.environment import processor_name
 from posemap_fast.eval import (
+    Calibration,
+    Reliability,
     ReportData,
     ViewPicture,
     WorstCase,
+    calibrate,
     nearest_views,
     pose_errors,
     psnr_db,
+    reliability,
     ssim,
     summarize,
     write_report,
@@ -35,12 +39,20 @@ from posemap_fast.localize import SceneMap
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.render import ViewOutput, render_views
 from posemap_fast.run_dir import RunDirectory
-from posemap_fast.train import FieldStage, MetricsLog, TrainingViews, predict_poses
+from posemap_fast.train import FieldStage, MetricsLog, Predictions, TrainingViews, predict, predict_poses
 
-__all__ = ["Outcome", "PoseErrors", "evaluate", "print_table", "summarize_run", "write_files"]
+__all__ = [
+    "Outcome",
+    "PoseErrors",
+    "calibrate_network",
+    "evaluate",
+    "print_table",
+    "reliability_of",
+    "summarize_run",
+    "write_files",
+]
 
 SCHEMA = 1
-_SIGMA_QUANTILE = 0.68  # share of the validation images whose error is below sigma
 _PICTURES = 6  # held-out views shown in the report
 _WORST = 4  # worst cases shown in the report
 
@@ -73,7 +85,8 @@ class Outcome:
     renders: torch.Tensor  # (n, H, W, 3) uint8 at the true test poses
     posemaps: torch.Tensor  # (n, 256, rows, cols)
     errors: dict[str, PoseErrors]  # decoder, pose_only, apr, aligned, mean_pose, nearest_view
-    sigma: dict[str, float]  # t_m, r_deg: 68 % of the validation images have a smaller error
+    calibration: Calibration  # of the aligned network's sigma, on validation
+    reliability: dict[str, Reliability]  # t, r: of those intervals on the test views; empty without validation
 
 
 def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, index: int) -> ViewOutput:
@@ -115,18 +128,25 @@ def evaluate(
         "nearest_view": train_c2w[nearest_views(train.images, test.images).cpu()],
     }
     errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
-    return Outcome(psnrs, ssims, torch.stack(renders), maps.cpu(), errors, _sigma(nets["aligned"], views["val"]))
+    calibration = calibrate_network(nets["aligned"], views["val"])
+    trust = reliability_of(predict(nets["aligned"], test.images), truth, calibration)
+    return Outcome(psnrs, ssims, torch.stack(renders), maps.cpu(), errors, calibration, trust)
 
 
-def _sigma(net: APRNet, validation: TrainingViews) -> dict[str, float]:
-    """Typical errors on validation views; empty without any."""
-    if len(validation) == 0:
+def calibrate_network(net: APRNet, validation: TrainingViews) -> Calibration:
+    """Factors that make the network's sigma hold on validation views; empty without any."""
+    found = predict(net, validation.images)
+    errors = pose_errors(found.c2w.double(), validation.c2w.double())
+    return calibrate(*errors, found.sigma.cpu())
+
+
+def reliability_of(found: Predictions, truth: torch.Tensor, calibration: Calibration) -> dict[str, Reliability]:
+    """How calibrated intervals do on test views; empty without a calibration."""
+    if calibration.n_views == 0:
         return {}
-    t_err, r_err = pose_errors(predict_poses(net, validation.images).double(), validation.c2w.double())
-    return {
-        "t_m": float(torch.quantile(t_err, _SIGMA_QUANTILE)),
-        "r_deg": float(torch.quantile(r_err, _SIGMA_QUANTILE)),
-    }
+    errors, sigma = pose_errors(found.c2w.double(), truth), found.sigma.cpu()
+    factors = (calibration.translation, calibration.rotation)
+    return {key: reliability(errors[k], sigma[:, k], factors[k]) for k, key in enumerate(("t", "r"))}
 
 
 def _medians(errors: PoseErrors) -> dict[str, float]:
@@ -170,6 +190,7 @@ def summarize_run(
         },
         "apr": {**errors["apr"].summary, "train_s": round(seconds["apr"], 2)},
         "aligned": errors["aligned"].summary,
+        "uncertainty": {key: found.to_dict() for key, found in outcome.reliability.items()},
         "baselines": {name: _medians(errors[name]) for name in ("mean_pose", "nearest_view", "pose_only")},
         "scene_extent_m": estimate.scene_extent,
         "time_s": {},

@@ -1,8 +1,10 @@
-"""Absolute pose regression: backbones, heads, the network and the frame it regresses in."""
+"""Absolute pose regression: backbones, heads, the network, the frame it regresses in, image augmentation."""
 
 from __future__ import annotations
 
 from posemap_fast.apr.aprnet import APRConfig, APRNet, APROutput, build_aprnet
+from posemap_fast.apr.attention_head import Attention
+from posemap_fast.apr.augment import AugmentConfig, augment_images
 from posemap_fast.apr.backbones import BACKBONES, Backbone, BackboneOutput
 from posemap_fast.apr.heads import HEADS, HeadOptions
 from posemap_fast.apr.pose_frame import PoseFrame
@@ -13,9 +15,12 @@ __all__ = [
     "APRConfig",
     "APRNet",
     "APROutput",
+    "Attention",
+    "AugmentConfig",
     "Backbone",
     "BackboneOutput",
     "HeadOptions",
     "PoseFrame",
+    "augment_images",
     "build_aprnet",
 ]

@@ -27,7 +27,7 @@ class APRConfig:
     """The network; defaults suit two CPU cores, the paper's values stand in the comments."""
 
     backbone: str = "compact"  # a name in BACKBONES; paper: vgg16
-    weights: str = "random"  # 'random', 'imagenet' (vgg16) or a checkpoint file; paper: imagenet
+    weights: str = "random"  # 'random', 'imagenet' (vgg16, resnet18, resnet34) or a checkpoint file; paper: imagenet
     input_size: tuple[int, int] = (120, 160)  # height, width in px that images are resized to; paper: (240, 427)
     head: str = "grid_mlp"  # a name in HEADS; paper: gap_linear
     head_options: HeadOptions = field(default_factory=HeadOptions)
@@ -58,11 +58,13 @@ class APROutput:
     Attributes:
         vector12: (B, 12) row-major [R | t] in the normalised pose frame, R not orthogonalised: the L_pose input.
         c2w: (B, 4, 4) camera-to-world in world units, R the nearest rotation.
+        log_sigma: (B, 2) logarithm of the expected errors, see `PoseHead.log_sigma`.
         features: (levels, B, feature_dim, *feature_size), shallow to deep; None unless asked for.
     """
 
     vector12: torch.Tensor
     c2w: torch.Tensor
+    log_sigma: torch.Tensor
     features: torch.Tensor | None = None
 
 
@@ -99,12 +101,14 @@ class APRNet(nn.Module):
             ShapeError: wrong shape or dtype.
         """
         encoded = self.backbone(self.resized(images), with_taps=n_features > 0)
-        vector12 = self.head(encoded.final)
+        summary = self.head.features(encoded.final)
+        vector12 = _at_least_float32(self.head.output(summary))
         features = None
         if n_features > 0:
             taps = [tap[:n_features] for tap in encoded.taps]
             features = self.feature_branch(taps, self.config.feature_size)
-        return APROutput(vector12, self.pose_frame.decode(vector12), features)
+        log_sigma = _at_least_float32(self.head.log_sigma(summary))
+        return APROutput(vector12, self.pose_frame.decode(vector12), log_sigma, features)
 
     def regress(self, images: torch.Tensor) -> torch.Tensor:
         """Only the raw (B, 12) vectors: what an exported graph holds, free of the SVD."""
@@ -149,6 +153,11 @@ class APRNet(nn.Module):
         return functional.interpolate(
             images, size=self.config.input_size, mode="bilinear", align_corners=False, antialias=True
         )
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """What mixed precision left in half is brought back: the SVD and the losses need it."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def build_aprnet(

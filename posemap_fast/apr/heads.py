@@ -6,6 +6,7 @@ the attribute `output` is the last linear layer, whose bias is set to the mean t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from posemap_fast.registry import Registry
 __all__ = ["HEADS", "GapLinear", "GridMLP", "HeadOptions", "PoseHead"]
 
 _POSE_SIZE = 12
+_SPREAD_HIDDEN = 32
 _FIRST_PREDICTION_STD = 0.01  # of the output weights: the first predictions lie close to the bias
 
 
@@ -26,22 +28,43 @@ _FIRST_PREDICTION_STD = 0.01  # of the output weights: the first predictions lie
 class HeadOptions:
     """Sizes of the heads that have any (`gap_linear` has none)."""
 
-    channels: int = 32  # of the map that `grid_mlp` keeps, >= 1
+    channels: int = 32  # of the map that `grid_mlp` keeps, >= 1; of `attention`'s tokens, divisible by 8
     grid: tuple[int, int] = (4, 5)  # rows, columns of `grid_mlp`'s fixed grid; 4x5 suits 4:3 images
-    hidden: int = 256  # width of `grid_mlp`'s hidden layer, >= 1
+    hidden: int = 256  # width of `grid_mlp`'s hidden layer and of `attention`'s feed-forward part, >= 1
+    layers: int = 2  # transformer layers of `attention`, >= 1
 
     def __post_init__(self) -> None:
-        if len(self.grid) != 2 or min(self.channels, self.hidden, *self.grid) < 1:
-            raise ConfigError(f"head options: channels, hidden and both sides of grid must be >= 1; got {self}")
+        if len(self.grid) != 2 or min(self.channels, self.hidden, self.layers, *self.grid) < 1:
+            raise ConfigError(f"head options: channels, hidden, layers and both sides of grid must be >= 1; got {self}")
 
 
-class PoseHead(nn.Module):
-    """Base of the heads; owns the last layer."""
+class PoseHead(nn.Module, ABC):
+    """Base of the heads: what is read off their features, the pose and how sure it is.
+
+    Args:
+        width: of the features.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.output = nn.Linear(width, _POSE_SIZE)
         nn.init.normal_(self.output.weight, std=_FIRST_PREDICTION_STD)
+        self.spread = nn.Sequential(nn.Linear(width, _SPREAD_HIDDEN), nn.ReLU(), nn.Linear(_SPREAD_HIDDEN, 2))
+
+    @abstractmethod
+    def features(self, final: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, h, w) -> (B, width), for any h, w >= 1."""
+
+    def forward(self, final: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, h, w) -> (B, 12)."""
+        return self.output(self.features(final))
+
+    def log_sigma(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, 2) logarithm of the expected error: translation in units of the pose frame, rotation in radians.
+
+        It reads the features and does not shape them (they are detached): the pose is what it would be without.
+        """
+        return self.spread(features.detach())
 
     def start_at(self, vector12: torch.Tensor) -> None:
         """Set the bias, hence about the first prediction, to `vector12` (12,)."""
@@ -59,9 +82,9 @@ class GapLinear(PoseHead):
     def __init__(self, in_channels: int, options: HeadOptions | None = None) -> None:
         super().__init__(in_channels)
 
-    def forward(self, final: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, h, w) -> (B, 12)."""
-        return self.output(final.mean(dim=(2, 3)))
+    def features(self, final: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, h, w) -> (B, in_channels)."""
+        return final.mean(dim=(2, 3))
 
 
 @HEADS.register("grid_mlp")
@@ -78,7 +101,7 @@ class GridMLP(PoseHead):
         self.squeeze = nn.Conv2d(in_channels, options.channels, 1)
         self.hidden = nn.Linear(options.channels * options.grid[0] * options.grid[1], options.hidden)
 
-    def forward(self, final: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, h, w) -> (B, 12)."""
+    def features(self, final: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, h, w) -> (B, options.hidden)."""
         cells = functional.adaptive_avg_pool2d(functional.relu(self.squeeze(final)), self.grid)
-        return self.output(functional.relu(self.hidden(cells.flatten(1))))
+        return functional.relu(self.hidden(cells.flatten(1)))

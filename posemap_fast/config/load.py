@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -156,6 +156,11 @@ def _check_field(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> A
     nested = _nested_class(hint)
     if nested is not None and not (value is None and members_of_union(hint)):
         return _check(nested, value, source, path)
+    entry = _entry_class(hint)
+    if entry is not None:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{_place(source, path)}: must be a section of `name: ...`; got {value!r}")
+        return {key: _check(entry, item, source, (*path, key)) for key, item in value.items()}
     try:
         return coerce(hint, value)
     except ConfigError as error:
@@ -190,6 +195,12 @@ def _build(cls: type[T], values: dict[str, Any], sources: Sources, path: tuple[s
         if nested is not None and value is not None:
             value = _build(nested, value, sources, (*path, field.name), _ABSENT if known is None else known)
         elif isinstance(value, dict) and isinstance(known, dict):
+            entry = _entry_class(hints[field.name])
+            if entry is not None:
+                value = {
+                    key: _build(entry, item, sources, (*path, field.name, key), known.get(key, _ABSENT))
+                    for key, item in value.items()
+                }
             value = {**known, **value}
         arguments[field.name] = value
     try:
@@ -220,6 +231,13 @@ def _nested_class(hint: Any) -> type | None:
     candidates = [member for member in members_of_union(hint) or (hint,) if dataclasses.is_dataclass(member)]
     assert len(candidates) <= 1, f"a config field may name one dataclass, not {hint}"
     return candidates[0] if candidates and get_origin(hint) is not dict else None  # type: ignore[return-value]
+
+
+def _entry_class(hint: Any) -> type | None:
+    """The dataclass of the entries of a `dict[str, X]`; None for every other hint."""
+    arguments = get_args(hint)
+    is_found = get_origin(hint) is dict and arguments[0] is str and dataclasses.is_dataclass(arguments[1])
+    return arguments[1] if is_found else None
 
 
 def _place(source: str, path: tuple[str, ...]) -> str:

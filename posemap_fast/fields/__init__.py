@@ -6,6 +6,7 @@ from posemap_fast.fields.decoder import PoseDecoder
 from posemap_fast.fields.hash_field import HashField
 from posemap_fast.fields.nerfp import NeRFP
 from posemap_fast.fields.protocol import FIELD_BACKBONES, Field, FieldConfig, FieldFeatures
+from posemap_fast.fields.transient import TransientHead
 
 __all__ = [
     "FIELD_BACKBONES",
@@ -16,6 +17,7 @@ __all__ = [
     "HashField",
     "NeRFP",
     "PoseDecoder",
+    "TransientHead",
     "luminance_histogram",
     "native",
     "reference",

@@ -3,7 +3,13 @@
     encoding = hash(x)                         (L * F)
     geo      = MLP(encoding)                   1 hidden layer; geo[0] is the log density
     rgb      = sigmoid(MLP([geo, SH(d), a]))   2 hidden layers
-    h        = MLP([encoding, geo])            1 hidden layer: the pose branch (PoseMap paper, section 3.2)
+    h        = the pose branch (PoseMap paper, section 3.2), one of
+               position   MLP(gamma(x)), 1 hidden layer; gamma: 1, x, and sines of the lowest octaves
+               features   MLP([encoding, geo]), 1 hidden layer
+               nerf       [encoding, geo] as they are: the paper's NeRFMap (table 5a), nothing is learnt
+
+Surfaces come from the density in all three. A PoseMap of smooth functions of position points home from farther away
+than one of hash features, whose finest levels are noise to a displaced camera (`posemap basin` measures it).
 
 The class is written once against a set of four functions; `native` and `reference` differ in that set only, so
 a map trained with one is read by the other. Positions live in the unit cube of `SceneFrame`.
@@ -24,6 +30,7 @@ from posemap_fast.ops import FusedField, HashGridSpec, MLPSpec, RadianceSpec, fu
 __all__ = ["FieldFunctions", "HashField"]
 
 MAX_LOG_DENSITY = 12.0  # exp(12) = 160 000 / unit: opaque within any step; keeps exp and its gradient finite
+_POSE_OCTAVES = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,16 @@ def _init_mlp(spec: MLPSpec, generator: torch.Generator) -> torch.Tensor:
         for n_in, n_out in zip(spec.dims[:-1], spec.dims[1:], strict=True)
     ]
     return torch.cat(layers)
+
+
+def _encode_position(x: torch.Tensor, octaves: int) -> torch.Tensor:
+    """(n, 3) in the unit cube -> (n, 4 + 6 octaves): 1, u = 2 x - 1, sin and cos of pi 2^k u; stored channel first."""
+    u = 2 * x.T - 1
+    rows = [torch.ones_like(u[:1]), u]
+    for k in range(octaves):
+        angle = math.pi * 2**k * u
+        rows += [angle.sin(), angle.cos()]
+    return torch.cat(rows).T
 
 
 class HashField(nn.Module):
@@ -69,13 +86,27 @@ class HashField(nn.Module):
         self.radiance_spec = RadianceSpec(
             self.density_mlp, self.colour_mlp, math.log(config.init_density), MAX_LOG_DENSITY
         )
-        self.pose_mlp = MLPSpec((n_encoding + n_geo, config.pose_hidden, config.pose_hidden))
+        self.pose_mlp = self._pose_mlp(n_encoding + n_geo)
         generator = torch.Generator().manual_seed(seed)
         table = torch.empty(self.grid.n_entries, config.n_features_per_level)
         self.table = nn.Parameter(table.uniform_(-1e-4, 1e-4, generator=generator))
         self.density_params = nn.Parameter(_init_mlp(self.density_mlp, generator))
         self.colour_params = nn.Parameter(_init_mlp(self.colour_mlp, generator))
-        self.pose_params = nn.Parameter(_init_mlp(self.pose_mlp, generator))
+        self.pose_params = nn.Parameter(
+            torch.empty(0) if self.pose_mlp is None else _init_mlp(self.pose_mlp, generator)
+        )
+
+    def _pose_mlp(self, n_features: int) -> MLPSpec | None:
+        config = self.config
+        if config.pose_branch == "nerf":
+            return None
+        if config.pose_branch == "features":
+            return MLPSpec((n_features, config.pose_hidden, config.pose_hidden))
+        return MLPSpec((4 + 6 * self._pose_octaves, config.pose_hidden, config.pose_hidden))
+
+    @property
+    def _pose_octaves(self) -> int:
+        return self.config.pose_octaves or _POSE_OCTAVES
 
     def grid_parameters(self) -> list[nn.Parameter]:
         """The hash table."""
@@ -129,12 +160,19 @@ class HashField(nn.Module):
         return torch.cat([view, appearance], dim=1)
 
     def pose_hidden(self, x: torch.Tensor, features: FieldFeatures) -> torch.Tensor:
-        """Hidden pose feature of each sample, (n, pose_hidden)."""
-        return self._functions.fused_mlp(features.encoding, self.pose_params, self.pose_mlp, features.geo)
+        """Hidden pose feature of each sample, (n, pose_hidden); of `nerf` the features themselves."""
+        if self.pose_mlp is None:
+            return torch.cat([features.encoding, features.geo], dim=1)
+        if self.config.pose_branch == "features":
+            return self._functions.fused_mlp(features.encoding, self.pose_params, self.pose_mlp, features.geo)
+        encoded = _encode_position(x, self._pose_octaves)
+        return self._functions.fused_mlp(encoded, self.pose_params, self.pose_mlp)
 
     def fused(self, want_posemap: bool) -> FusedField | None:
         """This field as the fused inference kernel reads it; None when it must not or cannot run there."""
         if not self._functions.fuses or self.table.dtype != torch.float32:
+            return None
+        if want_posemap and self.config.pose_branch != "features":  # all that the kernel knows
             return None
         found = FusedField(
             grid=self.grid,
@@ -144,7 +182,7 @@ class HashField(nn.Module):
             pose=self.pose_params.detach().half() if want_posemap else None,
             density_spec=self.density_mlp,
             colour_spec=self.colour_mlp,
-            pose_spec=self.pose_mlp,
+            pose_spec=self.pose_mlp if want_posemap else None,
             sh_degree=self.config.sh_degree,
             appearance_dim=self.config.appearance_dim,
             log_init_density=self.radiance_spec.bias,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ class FieldConfig:
     geo_features: int = 15  # outputs of the density MLP beside the density
     sh_degree: int = 4  # spherical harmonics of the view direction, 1..4
     appearance_dim: int = 16  # appearance code per image; 0 switches it off (even light, fixed exposure)
+    transient_dim: int = 0  # transient code per image (NeRF-H: 20), see `TransientHead`; 0 = off
+    pose_branch: Literal["position", "features", "nerf"] = "position"  # what a PoseMap is made of, see `HashField`
+    pose_octaves: int = 0  # octaves of the position's encoding; 0 = two, and one more per cascade of the grid
     pose_hidden: int = 64  # composited width of the pose branch
     pose_features: int = 256  # channels of the PoseMap (paper, section 3.2)
     init_density: float = 10.0  # density of the untrained field, 1/unit: fog that keeps every cell occupied
@@ -40,8 +43,19 @@ class FieldConfig:
             raise ConfigError(f"sh_degree must be 1 to 4; got {self.sh_degree}")
         if not 10 <= self.log2_hashmap_size <= 24:
             raise ConfigError(f"log2_hashmap_size must be 10 to 24; got {self.log2_hashmap_size}")
+        if self.transient_dim < 0:
+            raise ConfigError(f"transient_dim must be >= 0; got {self.transient_dim}")
         if self.init_density <= 0:
             raise ConfigError(f"init_density must be > 0; got {self.init_density}")
+        if not 0 <= self.pose_octaves <= 10:
+            raise ConfigError(f"pose_octaves must be 0 to 10; got {self.pose_octaves}")
+
+    @property
+    def posemap_channels(self) -> int:
+        """Channels of a PoseMap: `pose_features`, or as many as the field has features where those are used raw."""
+        if self.pose_branch == "nerf":
+            return self.n_levels * self.n_features_per_level + 1 + self.geo_features
+        return self.pose_features
 
 
 class FieldFeatures(NamedTuple):

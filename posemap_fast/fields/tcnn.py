@@ -57,7 +57,8 @@ def build_on(tinycudann: Any, config: FieldConfig) -> HashField:
     """
     functions = TcnnFunctions(tinycudann)
     field = HashField(config, FieldFunctions(functions.hash_encode, sh_encode, functions.fused_mlp))
-    functions.prepare(field.grid, field.density_mlp, field.colour_mlp, field.pose_mlp)
+    networks = [field.density_mlp, field.colour_mlp, *([field.pose_mlp] if field.pose_mlp else [])]
+    functions.prepare(field.grid, *networks)
     return field
 
 

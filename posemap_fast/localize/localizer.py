@@ -19,7 +19,8 @@ from posemap_fast.geometry import Camera, quaternion_from_matrix
 
 __all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
 
-_VERSION = 1
+_VERSION = 2
+_SIGMA_LEVEL = "0.68"  # of the calibration, that sigma stands for
 _ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
 
 
@@ -28,8 +29,8 @@ class PoseAnswer:
     """Answer of a localizer for one image."""
 
     c2w: torch.Tensor  # (4, 4) float64 camera-to-world, OpenCV axes, world units
-    sigma_t_m: float | None  # typical translation error (68 % of validation images), None when not known
-    sigma_r_deg: float | None  # typical rotation error
+    sigma_t_m: float | None  # 68 % of errors in translation are below it, None when not calibrated
+    sigma_r_deg: float | None  # and in rotation
     ms: float  # time from decoded image to pose
 
     def to_dict(self, name: str) -> dict[str, Any]:
@@ -77,10 +78,13 @@ class PoseRegressor:
         begin = time.perf_counter()
         pixels = image.to(next(self.net.parameters()).device)
         batch = pixels.permute(2, 0, 1)[None].float().div(255).contiguous(memory_format=torch.channels_last)
-        c2w = self.net(batch).c2w[0].double().cpu()
-        sigma = self.metrics.get("sigma", {})
+        output = self.net(batch)
+        c2w = output.c2w[0].double().cpu()
+        sigma_t, sigma_r = self.net.pose_frame.sigma(output.log_sigma[0].double().cpu()).tolist()
         elapsed = 1000 * (time.perf_counter() - begin)
-        return PoseAnswer(c2w, sigma.get("t_m"), sigma.get("r_deg"), elapsed)
+        factors = self.metrics.get("calibration", {})
+        t, r = (factors.get(key, {}).get(_SIGMA_LEVEL) for key in ("t", "r"))
+        return PoseAnswer(c2w, None if t is None else t * sigma_t, None if r is None else r * sigma_r, elapsed)
 
     def save(self, path: str | Path, scene: str) -> None:
         """Write network, camera, frame, configuration and metrics atomically, with a checksum."""

@@ -19,7 +19,7 @@ from posemap_fast.render import RenderConfig, Renderer
 
 __all__ = ["SceneMap"]
 
-_VERSION = 1
+_VERSION = 2
 _DEVICE = torch.device("cpu")  # where a map is read to
 
 
@@ -47,7 +47,7 @@ class SceneMap:
     ) -> SceneMap:
         """The parts of a map before training."""
         nerfp = NeRFP(field, frame)
-        decoder = PoseDecoder(field.pose_features)
+        decoder = PoseDecoder(field.posemap_channels)
         return cls(name, nerfp, Renderer(render, frame, near), decoder, pose_frame, camera)
 
     def to(self, device: torch.device) -> SceneMap:

@@ -7,11 +7,13 @@ from posemap_fast.losses.photometric import huber, mse, nerf_in_the_wild, psnr
 from posemap_fast.losses.pose import pose_l2, pose_mse
 from posemap_fast.losses.posemap import posemap_cosine, posemap_l2
 from posemap_fast.losses.triplet import hardest_pairing, triplet_loss
+from posemap_fast.losses.uncertainty import laplace_nll
 
 __all__ = [
     "distortion_loss",
     "hardest_pairing",
     "huber",
+    "laplace_nll",
     "mse",
     "nerf_in_the_wild",
     "opacity_entropy",

@@ -37,7 +37,7 @@ class FusedField:
     pose: torch.Tensor | None  # None: no PoseMap
     density_spec: MLPSpec
     colour_spec: MLPSpec
-    pose_spec: MLPSpec
+    pose_spec: MLPSpec | None  # of `pose`
     sh_degree: int
     appearance_dim: int
     log_init_density: float
@@ -85,9 +85,12 @@ def fused_render_fits(field: FusedField) -> bool:
         and field.density_spec.dims[1] in _WIDTHS
         and field.density_spec.dims[2] <= 16
         and field.colour_spec.dims[1:] == (field.density_spec.dims[1], field.density_spec.dims[1], 3)
-        and field.pose_spec.dims[1] in _WIDTHS
-        and field.pose_spec.dims[1:] == (field.pose_spec.dims[1],) * 2
+        and (field.pose_spec is None or _fits_pose(field.pose_spec))
     )
+
+
+def _fits_pose(spec: MLPSpec) -> bool:
+    return spec.dims[1] in _WIDTHS and spec.dims[1:] == (spec.dims[1],) * 2
 
 
 def _face(origins: torch.Tensor) -> Face | None:
@@ -141,7 +144,7 @@ def fused_render(
     face = _face(origins)
     if face is None:
         return None
-    width = 0 if field.pose is None else field.pose_spec.dims[-1]
+    width = 0 if field.pose_spec is None else field.pose_spec.dims[-1]
     new = origins.new_empty
     output = FusedOutput(new(n, 3), new(n), new(n), new(n, width))
     box = aabb.to("cpu", torch.float64).contiguous()
@@ -202,7 +205,7 @@ def _values(
         n_geo=field.density_spec.dims[2],
         sh_degree=field.sh_degree,
         appearance_dim=field.appearance_dim,
-        pose_hidden=field.pose_spec.dims[-1],
+        pose_hidden=0 if field.pose_spec is None else field.pose_spec.dims[-1],
         log_init_density=field.log_init_density,
         max_log_density=field.max_log_density,
         early_stop_eps=early_stop_eps,

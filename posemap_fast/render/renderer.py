@@ -22,7 +22,7 @@ from posemap_fast.render.backends import RENDER_BACKENDS
 from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
 from posemap_fast.seeding import uniform
 
-__all__ = ["PoseField", "RayOutput", "RenderConfig", "Renderer", "Samples"]
+__all__ = ["PoseField", "RayOutput", "RenderConfig", "Renderer", "Samples", "TransientField", "TransientOutput"]
 
 
 class PoseField(Protocol):
@@ -37,6 +37,13 @@ class PoseField(Protocol):
     def project_per_sample(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden of each sample (n, 64) -> f_i (n, 256)."""
         ...
+
+
+class TransientField(Protocol):
+    """A radiance field and what single images add to it (`fields.NeRFP` with a transient branch is one)."""
+
+    field: Any  # as of `PoseField`
+    transient: Any  # (geo, codes of the rays, ray_indices) -> sigma_t, rgb_t, beta of the samples; and `beta_min`
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,27 @@ class RayOutput(NamedTuple):
     samples: Samples  # likewise
 
 
+class TransientOutput(NamedTuple):
+    """What a ray sees of the static scene and of what its image alone shows; no background added."""
+
+    rgb: torch.Tensor  # (n_rays, 3)
+    opacity: torch.Tensor  # (n_rays,)
+    beta: torch.Tensor  # (n_rays,) uncertainty of rgb, >= beta_min
+    sigma_t: torch.Tensor  # (n,) transient density of each sample, 1/unit
+    weights: torch.Tensor  # (n,) of both densities
+    samples: Samples
+
+
+class _Density(NamedTuple):
+    """What the field says of n samples; no gradient."""
+
+    x: torch.Tensor  # (n, 3)
+    sigmas: torch.Tensor  # (n,)
+    features: Any  # `FieldFeatures`
+
+
 _MAX_STEP = math.sqrt(3) / 128  # longest step that a cone angle can grow to: 128 across the unit cube
+_LEAST_DENSITY = 1e-10  # a divisor, 1/unit: invisible, and its square is a number
 
 
 class Renderer:
@@ -166,27 +193,22 @@ class Renderer:
             fused = self._render_fused(nerfp, origins, directions, appearance, want_rgb, want_posemap)
             if fused is not None:
                 return fused
-        given = samples is not None
-        if samples is None:
-            samples = self.march(origins, directions, generator)
         field = nerfp.field
         needs_grad = torch.is_grad_enabled() and (
             origins.requires_grad or directions.requires_grad or any(p.requires_grad for p in field.grid_parameters())
         )
-        x = _positions(origins, directions, samples)
-        if not given:
-            with torch.no_grad():
-                sigmas, features = field.density(x)
-                samples, kept = self._drop_hidden(sigmas, samples)
-            if needs_grad:
-                x = _positions(origins, directions, samples)
-            else:
-                x, sigmas, features = x[kept], sigmas[kept], features.select(kept)
+        known = None
+        if samples is None:
+            samples, known = self._march_seen(field, origins, directions, generator, want_density=not needs_grad)
         view = (directions, appearance, samples.ray_indices)
-        if want_rgb and (given or needs_grad):
+        if known is not None:
+            x, sigmas, features = known
+        else:
+            x = _positions(origins, directions, samples)
+        if want_rgb and known is None:
             sigmas, colours, features = field.radiance(x, *view)
         else:
-            if given or needs_grad:
+            if known is None:
                 sigmas, features = field.density(x)
             colours = field.rgb(features, *view) if want_rgb else sigmas.new_zeros(sigmas.shape[0], 3)
         hidden = None
@@ -201,6 +223,52 @@ class Renderer:
             posemap = nerfp.project(posemap, out.opacity)
         rgb = out.rgb if want_rgb else out.rgb[:, :0]
         return RayOutput(rgb, out.depth / self.frame.scale, out.opacity, posemap, out.weights, samples)
+
+    def render_transient(
+        self,
+        nerfp: TransientField,
+        rays_o: torch.Tensor,
+        rays_d: torch.Tensor,
+        *,
+        appearance: torch.Tensor | None,
+        transient: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> TransientOutput:
+        """Render a bundle of rays with the transient branch: what the training images show.
+
+        Densities add. Where they are constant along a sample, its light is exactly that of one medium with
+
+            sigma = sigma_s + sigma_t,   c = (sigma_s c_s + sigma_t c_t) / sigma,   beta = sigma_t beta_t / sigma
+
+        composited as usual. NeRF-W (arXiv:2008.02268, Eq. 5) sums two alphas under the transmittance of both,
+        alpha_s c_s + alpha_t c_t, which is the first order of this in sigma times the length of the sample.
+
+        Args:
+            nerfp: a field with a transient branch.
+            rays_o, rays_d, appearance, generator: as for `render_rays`.
+            transient: (n_rays, transient_dim) codes.
+        Returns:
+            TransientOutput; differentiable in the parameters and in the rays.
+        """
+        origins, directions = self.to_field(rays_o, rays_d)
+        # Nothing that the ray sees is lost by asking the static density alone: the other one only hides more.
+        samples, _ = self._march_seen(nerfp.field, origins, directions, generator, want_density=False)
+        x, rays = _positions(origins, directions, samples), samples.ray_indices
+        sigma_s, rgb_s, features = nerfp.field.radiance(x, directions, appearance, rays)
+        sigma_t, rgb_t, beta = nerfp.transient(features.geo, transient, rays)
+        sigmas = sigma_s + sigma_t
+        share = sigma_t / sigmas.clamp(min=_LEAST_DENSITY)
+        out = self.backend.composite(
+            sigmas,
+            samples.t_starts,
+            samples.t_ends,
+            torch.lerp(rgb_s, rgb_t, share[:, None]),
+            samples.ray_offsets,
+            (share * beta)[:, None],
+            self.config.early_stop_eps,
+        )
+        beta_ray = out.features[:, 0] + nerfp.transient.beta_min
+        return TransientOutput(out.rgb, out.opacity, beta_ray, sigma_t, out.weights, samples)
 
     def _render_fused(
         self,
@@ -240,6 +308,22 @@ class Renderer:
     def _range(self, origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Near and far of each ray, field units."""
         return origins.new_full((len(origins),), self.near), origins.new_full((len(origins),), 1e4)
+
+    @torch.no_grad()
+    def _march_seen(
+        self,
+        field: Any,
+        origins: torch.Tensor,
+        directions: torch.Tensor,
+        generator: torch.Generator | None,
+        want_density: bool,
+    ) -> tuple[Samples, _Density | None]:
+        """Marched samples without those behind the field's surfaces, and what was found there if that is wanted."""
+        marched = self.march(origins, directions, generator)
+        x = _positions(origins, directions, marched)
+        sigmas, features = field.density(x)
+        samples, kept = self._drop_hidden(sigmas, marched)
+        return samples, _Density(x[kept], sigmas[kept], features.select(kept)) if want_density else None
 
     def _drop_hidden(self, sigmas: torch.Tensor, samples: Samples) -> tuple[Samples, torch.Tensor]:
         """The samples that can be seen from the camera, and their indices."""

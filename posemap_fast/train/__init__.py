@@ -9,7 +9,7 @@ from posemap_fast.train.nerfp import FieldStage, FieldTrainConfig, TrainingViews
 from posemap_fast.train.pose_branch import PoseBranchConfig, PoseBranchStage
 from posemap_fast.train.prune import prune_occupancy
 from posemap_fast.train.rvs import RVSConfig, ViewSampler
-from posemap_fast.train.selection import BestState, predict_poses, validation_score
+from posemap_fast.train.selection import BestState, Predictions, predict, predict_poses, validation_score
 from posemap_fast.train.view_cache import ViewCache
 
 __all__ = [
@@ -28,11 +28,13 @@ __all__ = [
     "OnlineMap",
     "PoseBranchConfig",
     "PoseBranchStage",
+    "Predictions",
     "RVSConfig",
     "Stage",
     "TrainingViews",
     "ViewCache",
     "ViewSampler",
+    "predict",
     "predict_poses",
     "prune_occupancy",
     "rendered_size",

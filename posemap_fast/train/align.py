@@ -37,7 +37,7 @@ class AlignConfig:
     steps: int = 60
     batch: int = 2  # unlabelled images per step; with 1 (the paper) the triplet's negative is another image
     lr: float = 1e-5
-    render_scale: float = 0.5  # size of the differentiable render relative to the camera's
+    render_scale: float = 0.5  # size of the differentiable render relative to the camera's; 0 = the network's
     share: float = 1.0  # share of the unlabelled images used (paper: .1 indoor, .5 outdoor of the test images)
     triplet_margin: float = 1.0
     validate_every: int = 10  # steps; the best state on validation is kept, the untouched one included
@@ -102,7 +102,7 @@ class AlignStage:
 
     def _render(self, c2w: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
         """Differentiable colour renders, (B, 3, h, w)."""
-        height, width = rendered_size(self.camera.height, self.camera.width, self.config.render_scale)
+        height, width = rendered_size(self.camera, self.config.render_scale, self.net.config.input_size)
         size = self.camera.resized(width, height)
         rays_o, rays_d = camera_rays(size, c2w, size.pixel_grid())
         appearance = None if codes is None else codes.repeat_interleave(height * width, dim=0)

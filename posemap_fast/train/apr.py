@@ -10,21 +10,25 @@ gradient reaches the prediction through the rays, the hash grid and the composit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from posemap_fast.apr import APRNet
+from posemap_fast.apr import APRNet, APROutput, AugmentConfig, augment_images
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import NeRFP
-from posemap_fast.losses import pose_l2, pose_mse, posemap_cosine, posemap_l2, triplet_loss
-from posemap_fast.render import Renderer, render_posemaps, render_views
+from posemap_fast.geometry import Camera, rotation_angle_deg
+from posemap_fast.losses import laplace_nll, pose_l2, pose_mse, posemap_cosine, posemap_l2, triplet_loss
+from posemap_fast.render import Renderer, render_posemaps
 from posemap_fast.seeding import step_generator
 from posemap_fast.train.nerfp import TrainingViews
+from posemap_fast.train.random_views import RandomViewSource, ViewBank
 from posemap_fast.train.replay import ViewReplay
 from posemap_fast.train.rvs import ViewSampler
 from posemap_fast.train.selection import BestState, network_input
-from posemap_fast.train.view_cache import ViewCache, to_uint8
+from posemap_fast.train.view_cache import ViewCache
 
 __all__ = ["APRStage", "APRTrainConfig", "LossWeights", "OnlineMap", "rendered_size"]
 
@@ -38,6 +42,7 @@ class LossWeights:
     posemap: float = 1.0
     rvs: float = 1.0
     rvs_posemap: float = 1.0  # the PoseMap part of the RVS loss, relative to its pose part
+    sigma: float = 1.0  # of the predicted error sizes; they read the network's features and do not shape them
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class APRTrainConfig:
     rvs_batch: int = 8  # fresh views rendered per step
     replay_batch: int = 0  # views of earlier steps per step: only the pose part of the RVS loss
     replay_capacity: int = 1024  # views kept for that
-    render_scale: float = 0.5  # size of rendered views relative to the camera's
+    render_scale: float = 0.5  # size of rendered views relative to the camera's; 0 = the network's input size
     lr: float = 1e-3  # Adam
     schedule: Literal["cosine", "constant"] = "cosine"
     pose_loss: Literal["l2", "mse"] = "l2"  # norm of the 12-vector (paper) or mean square (DFNet's code)
@@ -60,13 +65,18 @@ class APRTrainConfig:
     validate_every: int = 50  # steps
     select_from: float = 0.7  # share of the steps after which a state may be chosen on validation
     subset: float = 1.0  # share of the training images used (paper: .2 indoor, .5 outdoor), every k-th
+    ema: float = 0.0  # decay of an average of the weights, which is then what is chosen from; 0 = off, .99 is usual
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network's pass; bfloat16 is slower on most CPUs
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # photometric changes of all images of a step
     weights: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must be in [0, 1); got {self.ema}")
         if self.steps < 1 or self.batch < 1 or self.rvs_batch < 0:
             raise ConfigError(f"steps and batch must be >= 1, rvs_batch >= 0; got {self}")
-        if not 0 < self.render_scale <= 1:
-            raise ConfigError(f"render_scale must be in (0, 1]; got {self.render_scale}")
+        if not 0 <= self.render_scale <= 1:
+            raise ConfigError(f"render_scale must be in [0, 1]; got {self.render_scale}")
         if not 0 < self.subset <= 1:
             raise ConfigError(f"subset must be in (0, 1]; got {self.subset}")
 
@@ -80,6 +90,7 @@ class OnlineMap:
     sampler: ViewSampler
     cache: ViewCache
     feature_scale: float  # root mean square norm of a PoseMap cell: makes the L2 of PoseMaps scale-free
+    bank: Path | None = None  # folder that keeps random views for other networks on the same map and seed
 
 
 class RandomViews(NamedTuple):
@@ -110,15 +121,22 @@ class APRStage:
         self.seed = seed
         stride = max(1, round(1 / config.subset))
         self.chosen = torch.arange(0, len(views), stride)
-        self.codes = online.nerfp.appearance_code(views.histograms)
         online.nerfp.requires_grad_(False)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+        self.average = None
+        if config.ema > 0:
+            self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        chosen_from = net if self.average is None else cast(APRNet, self.average.module)
+        spread = {id(p) for p in net.head.spread.parameters()}
+        self.clipped = [p for p in net.parameters() if id(p) not in spread]
         self.best = BestState(
-            net, validation, config.validate_every, config.steps, first=round(config.select_from * config.steps)
+            chosen_from, validation, config.validate_every, config.steps, first=round(config.select_from * config.steps)
         )
-        self.render_size = rendered_size(views.camera.height, views.camera.width, config.render_scale)
-        has_views = config.weights.rvs > 0 and config.replay_batch > 0
-        self.replay = ViewReplay(config.replay_capacity if has_views else 0, self.render_size, views.c2w.device)
+        self.render_size = rendered_size(views.camera, config.render_scale, net.config.input_size)
+        has_views = config.weights.rvs > 0 and config.rvs_batch > 0
+        self.random_views = self._random_view_source() if has_views else None
+        capacity = config.replay_capacity if has_views and config.replay_batch > 0 else 0
+        self.replay = ViewReplay(capacity, self.render_size, views.c2w.device)
         net.train()
 
     def step(self, k: int) -> dict[str, float]:
@@ -126,13 +144,15 @@ class APRStage:
         generator = step_generator(self.seed, self.name, k)
         self._set_rate(k)
         index = self.chosen[torch.randperm(len(self.chosen), generator=generator)[: self.config.batch]]
-        losses = self._losses(index.to(self.views.c2w.device), generator)
+        losses = self._losses(index.to(self.views.c2w.device), self._draw_views(k, generator), generator)
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.clipped, self.config.grad_clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.net)
         values = {"loss": float(loss.detach())} | {name: float(v.detach()) for name, v in losses.items()}
         return values | self.best.look(k + 1)
 
@@ -142,8 +162,10 @@ class APRStage:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * max(0.01, factor)
 
-    def _losses(self, index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The weighted losses that are switched on."""
+    def _losses(
+        self, index: torch.Tensor, rvs: RandomViews | None, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """The weighted losses that are switched on, of the training images `index` and of random views."""
         weights, online = self.config.weights, self.online
         n = index.numel()
         poses = self.views.c2w[index]
@@ -152,11 +174,13 @@ class APRStage:
         if weights.image > 0:
             batch.append(network_input(online.cache.renders[index]))
             n_features = 2 * n
-        rvs = self._random_views(generator) if weights.rvs > 0 and self.config.rvs_batch > 0 else None
         if rvs is not None:
             batch.append(network_input(rvs.images))
         images = torch.cat([self.net.resized(part) for part in batch])
-        output = self.net(images, n_features=n_features if weights.image > 0 and n > 1 else 0)
+        images = augment_images(images, self.config.augment, generator)
+        is_mixed = self.config.precision != "float32"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=is_mixed):
+            output = self.net(images, n_features=n_features if weights.image > 0 and n > 1 else 0)
         vectors, features = output.vector12, output.features
         losses: dict[str, torch.Tensor] = {}
         known = torch.cat([poses] * (n_features // n))
@@ -171,6 +195,12 @@ class APRStage:
             )
         if rvs is not None:
             losses["rvs"] = weights.rvs * self._pose_loss(vectors[n_features:], rvs.poses)
+        if weights.sigma > 0:  # random views are new to the network: their errors are honest ones
+            losses["sigma"] = weights.sigma * (
+                self._sigma_loss(output, slice(0, n), poses)
+                if rvs is None
+                else self._sigma_loss(output, slice(n_features, None), rvs.poses)
+            )
         return losses | self._posemap_losses(output.c2w, index, n_features, None if rvs is None else rvs.maps)
 
     def _posemap_losses(
@@ -194,28 +224,49 @@ class APRStage:
             losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * distance
         return losses
 
+    def _sigma_loss(self, output: APROutput, part: slice, c2w: torch.Tensor) -> torch.Tensor:
+        """Predicted against actual errors of some views of the pass."""
+        found = output.c2w[part].detach()
+        translation = (found[:, :3, 3] - c2w[:, :3, 3]).norm(dim=1) / self.net.pose_frame.scale
+        rotation = torch.deg2rad(rotation_angle_deg(found[:, :3, :3], c2w[:, :3, :3]))
+        return laplace_nll(torch.stack([translation, rotation], dim=1), output.log_sigma[part])
+
     def _pose_loss(self, vectors: torch.Tensor, c2w: torch.Tensor) -> torch.Tensor:
         target = self.net.pose_frame.encode(c2w)
         distance = pose_l2 if self.config.pose_loss == "l2" else pose_mse
         return distance(vectors, target, translation_weight=self.config.translation_weight)
 
-    def _random_views(self, generator: torch.Generator) -> RandomViews:
-        """Render fresh views and PoseMaps at random poses, and add views of earlier steps."""
-        online = self.online
-        poses, source = online.sampler.draw(self.config.rvs_batch, generator)
-        view = render_views(
-            online.renderer,
+    def _random_view_source(self) -> RandomViewSource:
+        online, config = self.online, self.config
+        codes = online.nerfp.appearance_code(self.views.histograms)
+        bank = None
+        if online.bank is not None:
+            bank = ViewBank(online.bank, config.steps, config.rvs_batch, self.render_size)
+        return RandomViewSource(
             online.nerfp,
-            poses,
+            online.renderer,
+            online.sampler,
             self.views.camera,
-            appearance=None if self.codes is None else self.codes[source],
+            None if codes is None else codes.detach(),
             image_size=self.render_size,
-            with_posemap=self.config.weights.rvs_posemap > 0,
+            n_views=config.rvs_batch,
+            appearance=online.sampler.config.appearance,
+            seed=self.seed,
+            bank=bank,
         )
-        fresh = to_uint8(view.rgb)
+
+    def _draw_views(self, k: int, generator: torch.Generator) -> RandomViews | None:
+        """Fresh views of step k with their PoseMaps, and views of earlier steps."""
+        if self.random_views is None:
+            return None
+        poses, fresh = self.random_views.draw(k)
+        maps = None
+        if self.config.weights.rvs_posemap > 0:
+            with torch.no_grad():
+                maps = render_posemaps(self.online.renderer, self.online.nerfp, poses, self.views.camera)
         old_images, old_poses = self.replay.draw(self.config.replay_batch, generator)
         self.replay.add(fresh, poses)
-        return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), view.posemap)
+        return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), maps)
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer, the best state so far and the views kept for replay."""
@@ -224,6 +275,7 @@ class APRStage:
             "optimizer": self.optimizer.state_dict(),
             "best": self.best.state,
             "replay": self.replay.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,8 +284,12 @@ class APRStage:
         self.optimizer.load_state_dict(state["optimizer"])
         self.best.state = state["best"]
         self.replay.load_state_dict(state["replay"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
-def rendered_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """(height, width) of rendered views."""
-    return max(1, round(height * scale)), max(1, round(width * scale))
+def rendered_size(camera: Camera, scale: float, network: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of rendered views: a share of the camera's size, or with 0 the network's input size."""
+    if scale == 0:
+        return network
+    return max(1, round(camera.height * scale)), max(1, round(camera.width * scale))

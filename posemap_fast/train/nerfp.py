@@ -3,6 +3,9 @@
 Each step draws pixels of random training images, marches their rays through the occupancy grid, and fits colour;
 the number of rays follows the samples per ray so that the work of a step stays constant (Müller et al. 2022).
 A random background makes transparency visible to the loss, so that closed rooms become opaque.
+
+With a transient branch (`FieldConfig.transient_dim` > 0) the loss is that of NeRF-W on both densities together: what
+single images show goes into the transient one, which no later rendering uses.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from posemap_fast.data import ImageStack
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import NeRFP, luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
-from posemap_fast.losses import distortion_loss, huber, mse
-from posemap_fast.render import Renderer
+from posemap_fast.losses import distortion_loss, huber, mse, nerf_in_the_wild
+from posemap_fast.render import RayOutput, Renderer
+from posemap_fast.render.renderer import TransientOutput
 from posemap_fast.seeding import integers, step_generator, uniform
 
 __all__ = ["FieldStage", "FieldTrainConfig", "TrainingViews"]
@@ -33,10 +37,11 @@ class FieldTrainConfig:
     lr_table: float = 2e-2  # Adam, hash table
     lr_mlp: float = 6e-3  # Adam, MLPs and appearance code
     lr_final: float = 0.03  # learning rate at the end, relative; exponential decay over the second half
-    loss: Literal["huber", "mse"] = "mse"
+    loss: Literal["huber", "mse"] = "mse"  # without a transient branch; with one, that of NeRF-W
     huber_delta: float = 0.1  # colour difference where Huber turns linear
     coarse: tuple[float, float] = (0.1, 0.3)  # shares of the steps at which the marching step is halved, from 4x
     distortion: float = 0.0  # weight of the distortion loss (Barron et al. 2022); 0 = off
+    transient_weight: float = 0.01  # of the mean transient density (NeRF-W, Eq. 13), with a transient branch
 
     def __post_init__(self) -> None:
         for name in ("steps", "samples_per_step", "max_rays"):
@@ -68,7 +73,10 @@ class TrainingViews:
 
 
 class FieldStage:
-    """Trains table, MLPs and appearance code of `nerfp` and keeps the renderer's occupancy grid up to date."""
+    """Trains `nerfp` but for its pose branch, and keeps the renderer's occupancy grid up to date.
+
+    A transient branch takes the mean of its histograms from `views`.
+    """
 
     name = "field"
 
@@ -81,6 +89,8 @@ class FieldStage:
         self.seed = seed
         self.n_rays = min(config.max_rays, max(256, config.samples_per_step // 64))
         self.totals = {"rays": 0.0, "samples": 0.0}
+        if nerfp.transient_encoder is not None:
+            nerfp.transient_encoder.mean_histogram.copy_(views.histograms.mean(dim=0))
         self.optimizer = torch.optim.Adam(
             [
                 {"params": nerfp.field.grid_parameters(), "lr": config.lr_table},
@@ -111,18 +121,14 @@ class FieldStage:
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * self._learning_rate(k)
         index, rays_o, rays_d, target = self._draw(generator)
-        codes = self.nerfp.appearance_code(self.views.histograms)
-        out = self.renderer.render_rays(
-            self.nerfp,
-            rays_o,
-            rays_d,
-            appearance=None if codes is None else codes[index],
-            generator=generator,
-        )
+        out = self._render(index, rays_o, rays_d, generator)
         background = uniform(generator, *target.shape, device=target.device)
         colour = out.rgb + (1 - out.opacity[:, None]) * background
         square = mse(colour, target)
-        loss = square if self.config.loss == "mse" else huber(colour, target, self.config.huber_delta)
+        if isinstance(out, TransientOutput):
+            loss = nerf_in_the_wild(colour, target, out.beta, out.sigma_t, self.config.transient_weight)
+        else:
+            loss = square if self.config.loss == "mse" else huber(colour, target, self.config.huber_delta)
         if self.config.distortion > 0:
             spread = distortion_loss(out.weights, out.samples.t_starts, out.samples.t_ends, out.samples.ray_offsets)
             loss = loss + self.config.distortion * spread
@@ -137,6 +143,19 @@ class FieldStage:
             "rays": float(target.shape[0]),
             "samples_per_ray": out.samples.n_marched / target.shape[0],
         }
+
+    def _render(
+        self, index: torch.Tensor, rays_o: torch.Tensor, rays_d: torch.Tensor, generator: torch.Generator
+    ) -> RayOutput | TransientOutput:
+        """The rays as the images `index` (n,) show them."""
+        appearance = self.nerfp.appearance_code(self.views.histograms)
+        appearance = None if appearance is None else appearance[index]
+        transient = self.nerfp.transient_code(self.views.histograms)
+        if transient is None:
+            return self.renderer.render_rays(self.nerfp, rays_o, rays_d, appearance=appearance, generator=generator)
+        return self.renderer.render_transient(
+            self.nerfp, rays_o, rays_d, appearance=appearance, transient=transient[index], generator=generator
+        )
 
     def _draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Random pixels: view index (n,), world rays (n, 3) twice, and colour (n, 3) in [0, 1]."""
@@ -160,9 +179,9 @@ class FieldStage:
         self.n_rays = int(min(self.config.max_rays, max(64, smoothed)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Field, occupancy grid, optimizer and counters."""
+        """Field without the pose branch, occupancy grid, optimizer and counters."""
         return {
-            "nerfp": self.nerfp.state_dict(),
+            "nerfp": self.nerfp.rendering_state(),
             "occupancy": self.renderer.occupancy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "n_rays": self.n_rays,
@@ -171,7 +190,7 @@ class FieldStage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.nerfp.load_state_dict(state["nerfp"])
+        self.nerfp.load_rendering_state(state["nerfp"])
         self.renderer.occupancy.load_state_dict(state["occupancy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.n_rays = state["n_rays"]

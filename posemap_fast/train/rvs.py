@@ -8,6 +8,7 @@ camera is inside or against a surface.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,6 +31,7 @@ class RVSConfig:
     max_rotation_deg: float = 10.0  # per axis
     box_margin: float = 0.2  # growth of the training positions' box, world units; 0 = as max_translation
     interpolate: float = 0.0  # share of poses taken between two neighbouring training poses
+    appearance: Literal["source", "random"] = "source"  # lit as the nearest training image, or as any of them
     clearance: float = 0.0  # free space wanted around the camera, world units; 0 = a twentieth of max_translation
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from posemap_fast.data import ImageStack
 from posemap_fast.geometry import rotation_angle_deg
 from posemap_fast.train.nerfp import TrainingViews
 
-__all__ = ["BestState", "network_input", "predict_poses", "validation_score"]
+__all__ = ["BestState", "Predictions", "network_input", "predict", "predict_poses", "validation_score"]
 
 
 def network_input(images: torch.Tensor) -> torch.Tensor:
@@ -20,14 +20,29 @@ def network_input(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
 
 
+class Predictions(NamedTuple):
+    """What a network answers for some images."""
+
+    c2w: torch.Tensor  # (n, 4, 4) camera-to-world
+    sigma: torch.Tensor  # (n, 2) expected errors before calibration: translation in world units, rotation in deg
+
+
 @torch.no_grad()
-def predict_poses(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> torch.Tensor:
-    """(n, H, W, 3) uint8 -> (n, 4, 4) predicted camera-to-world, in evaluation mode."""
+def predict(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> Predictions:
+    """(n, H, W, 3) uint8 -> poses and expected errors, in evaluation mode."""
     was_training = net.training
     net.eval()
-    parts = [net(network_input(chunk)).c2w for chunk in images.split(batch)]
+    outputs = [net(network_input(chunk)) for chunk in images.split(batch)]
     net.train(was_training)
-    return torch.cat(parts) if parts else torch.zeros(0, 4, 4, device=images.device)
+    if not outputs:
+        return Predictions(torch.zeros(0, 4, 4, device=images.device), torch.zeros(0, 2, device=images.device))
+    log_sigma = torch.cat([output.log_sigma for output in outputs])
+    return Predictions(torch.cat([output.c2w for output in outputs]), net.pose_frame.sigma(log_sigma))
+
+
+def predict_poses(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """Only the poses (n, 4, 4) of `predict`."""
+    return predict(net, images, batch).c2w
 
 
 def validation_score(net: APRNet, views: TrainingViews) -> dict[str, float]:

@@ -1,12 +1,14 @@
-"""Contract of every registered backbone, and the facts that make VGG-16 the published one."""
+"""Contract of every registered backbone, and the facts that make VGG-16 and the ResNets the published ones."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch.nn import functional
 
-from posemap_fast.apr.backbones import BACKBONES, VGG16, Backbone
+from posemap_fast.apr.backbones import BACKBONES, VGG16, Backbone, ResNet18, ResNet34
 from posemap_fast.errors import ConfigError, ShapeError
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -28,6 +30,8 @@ VGG16_CONVOLUTIONS = {
     26: (512, 512),
     28: (512, 512),
 }
+
+RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
 def _images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -156,3 +160,101 @@ def test_vgg16_random_weights_keep_the_signal_alive(built):
         output = built["vgg16"].eval()(_images(1, 64, 64))
     assert 1e-3 < output.final.std() < 1e3
     assert isinstance(built["vgg16"], VGG16)
+
+
+def _resnet_shapes(n_blocks: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of torchvision's ResNet of basic blocks, without its classifier."""
+    convolutions = {"conv1": (64, 3, 7, 7)}
+    norms = {"bn1": 64}
+    before = 64
+    for stage, (width, n) in enumerate(zip((64, 128, 256, 512), n_blocks, strict=True), start=1):
+        for block in range(n):
+            prefix = f"layer{stage}.{block}"
+            convolutions |= {f"{prefix}.conv1": (width, before, 3, 3), f"{prefix}.conv2": (width, width, 3, 3)}
+            norms |= {f"{prefix}.bn1": width, f"{prefix}.bn2": width}
+            if width != before:
+                convolutions[f"{prefix}.downsample.0"] = (width, before, 1, 1)
+                norms[f"{prefix}.downsample.1"] = width
+            before = width
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in convolutions.items()}
+    for name, width in norms.items():
+        shapes |= {f"{name}.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes[f"{name}.num_batches_tracked"] = ()
+    return shapes
+
+
+# torchvision documents 11689512 and 21797672 parameters, of which its classifier has 512 * 1000 + 1000.
+@pytest.mark.parametrize(("name", "n_parameters"), [("resnet18", 11_176_512), ("resnet34", 21_284_672)])
+def test_resnet_has_the_keys_and_shapes_of_torchvision(built, name, n_parameters):
+    net = built[name]
+    expected = _resnet_shapes(RESNET_BLOCKS[name])
+    assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == expected
+    assert sum(parameter.numel() for parameter in net.parameters()) == n_parameters
+
+
+def test_a_torchvision_shaped_resnet18_file_loads_and_its_classifier_is_ignored(built, tmp_path):
+    state = {key: torch.full_like(value, 2) for key, value in built["resnet18"].state_dict().items()}
+    classifier = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save({**state, **classifier}, tmp_path / "resnet18.pth")
+    net = ResNet18(str(tmp_path / "resnet18.pth"))
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [ResNet18, ResNet34])
+def test_resnet_asks_for_torchvisions_checkpoint(monkeypatch, kind):
+    asked: list[str] = []
+
+    def download(url: str, **options: object) -> dict[str, torch.Tensor]:
+        asked.append(url)
+        return kind(None).state_dict()
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    kind("imagenet")
+    file = {ResNet18: "resnet18-f37072fd.pth", ResNet34: "resnet34-b627a593.pth"}[kind]
+    assert asked == [f"https://download.pytorch.org/models/{file}"]
+
+
+def _conv_norm(net: Backbone, conv: str, norm: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    weight, statistics = net.get_submodule(conv).weight, net.get_submodule(norm)
+    x = functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+    return functional.batch_norm(
+        x, statistics.running_mean, statistics.running_var, statistics.weight, statistics.bias, eps=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", RESNET_BLOCKS)
+def test_resnet_equals_the_published_plan_written_out(built, name):
+    net = copy.deepcopy(built[name]).train()
+    images = _images(2, 70, 64)
+    with torch.no_grad():
+        net(images)  # statistics of its own, so that a norm in the wrong place is seen
+        output = net.eval()(images)
+        stem = _conv_norm(net, "conv1", "bn1", (images - _MEAN) / _STD, stride=2)
+        x = functional.max_pool2d(functional.relu(stem), 3, stride=2, padding=1)
+        ends = []  # of the stages, before the ReLU
+        for stage, n in enumerate(RESNET_BLOCKS[name], start=1):
+            for block in range(n):
+                stride = 2 if stage > 1 and block == 0 else 1
+                prefix = f"layer{stage}.{block}"
+                y = functional.relu(_conv_norm(net, f"{prefix}.conv1", f"{prefix}.bn1", x, stride))
+                y = _conv_norm(net, f"{prefix}.conv2", f"{prefix}.bn2", y)
+                if stride == 2:
+                    x = _conv_norm(net, f"{prefix}.downsample.0", f"{prefix}.downsample.1", x, stride)
+                sums = x + y
+                x = functional.relu(sums)
+            ends.append(sums)
+    torch.testing.assert_close(output.final, x)
+    for tap, wanted in zip(output.taps, [stem, ends[1], ends[3]], strict=True):
+        torch.testing.assert_close(tap, wanted)
+
+
+def test_resnet_takes_small_portrait_images(built):
+    output = built["resnet18"].eval()(_images(1, 96, 72))
+    assert [tuple(tap.shape[2:]) for tap in output.taps] == [(48, 36), (12, 9), (3, 3)]
+    assert output.final.shape == (1, 512, 3, 3)
+
+
+def test_resnet_random_weights_keep_the_signal_alive(built):
+    with torch.no_grad():
+        output = built["resnet34"].train()(_images(2, 64, 64))
+    assert 1e-3 < output.final.std() < 1e3

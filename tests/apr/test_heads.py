@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.nn import functional
 
+from posemap_fast.apr import attention_head
 from posemap_fast.apr.heads import HEADS, HeadOptions, PoseHead
 from posemap_fast.errors import ConfigError
 
@@ -67,7 +71,65 @@ def test_gap_linear_by_hand():
     torch.testing.assert_close(head(final), expected)
 
 
-@pytest.mark.parametrize("wrong", [{"channels": 0}, {"hidden": 0}, {"grid": (0, 5)}])
+@pytest.fixture()
+def attention() -> PoseHead:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return HEADS.get("attention")(_CHANNELS, HeadOptions(channels=16, hidden=8, layers=3))
+
+
+def test_attention_knows_where_a_feature_is(attention, monkeypatch):
+    final = _final(1, 4, 6)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    shuffled = final.flatten(2)[..., order].view_as(final)
+    with torch.no_grad():
+        for moved in (shuffled, final.flip(2), final.flip(3)):
+            assert (attention(final) - attention(moved)).abs().max() > 1e-4
+        # Counter-value: it is the encoding that tells, attention alone sees a set.
+        monkeypatch.setattr(attention_head, "position_encoding", lambda h, w, c, like: like.new_zeros(h * w, c))
+        torch.testing.assert_close(attention(final), attention(shuffled))
+
+
+def test_attention_by_hand(attention):
+    """One head at a time, as Vaswani et al. 2017 write it, with the norm before each part."""
+    final, head = _final(2, 3, 4), attention.double()
+    x = head.squeeze(final.double()).flatten(2).transpose(1, 2)
+    x = torch.cat([head.token.expand(2, -1, -1), x + attention_head.position_encoding(3, 4, 16, like=x)], dim=1)
+    for layer in head.layers:
+        weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+        queries, keys, values = functional.linear(layer.norm1(x), weight, bias).chunk(3, dim=2)
+        parts = [slice(start, start + 4) for start in range(0, 16, 4)]
+        shares = [(queries[..., p] @ keys[..., p].transpose(1, 2) / 2).softmax(dim=2) for p in parts]
+        mixed = torch.cat([share @ values[..., p] for share, p in zip(shares, parts, strict=True)], dim=2)
+        x = x + layer.self_attn.out_proj(mixed)
+        x = x + layer.linear2(functional.relu(layer.linear1(layer.norm2(x))))
+    torch.testing.assert_close(head(final.double()), head.output(head.norm(x[:, 0])))
+    assert len(head.layers) == 3
+    with torch.no_grad():  # torch's fused inference path
+        torch.testing.assert_close(head.eval()(final.double()), head.output(head.norm(x[:, 0])))
+
+
+def test_position_codes_lie_on_shares_of_the_side_and_differ_between_cells():
+    like = torch.zeros((), dtype=torch.float64)
+    code = attention_head.position_encoding(3, 5, 8, like).view(3, 5, 8)
+    assert code.dtype == torch.float64
+    middle = [1, math.sin(8 * math.pi), 0, math.cos(8 * math.pi)]  # s = 1/2: sin(f pi/2), cos(f pi/2), f = 1 and 16
+    torch.testing.assert_close(code[1, 2], torch.tensor(middle * 2, dtype=torch.float64), atol=1e-5, rtol=0)
+    row, column = code[..., :4], code[..., 4:]
+    assert torch.equal(row, row[:, :1].expand_as(row)) and torch.equal(column, column[:1].expand_as(column))
+    finer = attention_head.position_encoding(9, 15, 8, like).view(9, 15, 8)  # its cells 1, 4, 7 have the same centres
+    torch.testing.assert_close(finer[1::3, 1::3], code, atol=1e-5, rtol=0)
+    many = attention_head.position_encoding(30, 40, 32, like)
+    assert (torch.cdist(many, many) + 9 * torch.eye(len(many))).min() > 0.05
+
+
+@pytest.mark.parametrize(("channels", "nearest"), [(12, "16"), (3, "8"), (33, "32")])
+def test_attention_refuses_channels_that_do_not_divide(channels, nearest):
+    with pytest.raises(ConfigError, match=rf"divisible by 8; got {channels}: set it to {nearest}"):
+        HEADS.get("attention")(_CHANNELS, HeadOptions(channels=channels))
+
+
+@pytest.mark.parametrize("wrong", [{"channels": 0}, {"hidden": 0}, {"grid": (0, 5)}, {"layers": 0}])
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ConfigError, match="must be >= 1"):
         HeadOptions(**wrong)

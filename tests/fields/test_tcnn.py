@@ -30,6 +30,7 @@ from posemap_fast.ops.reference.hash_encode import hash_encode
 from posemap_fast.optional import TINYCUDANN
 
 CONFIG = FieldConfig(
+    pose_branch="features",
     backbone="tcnn",
     n_levels=4,
     log2_hashmap_size=10,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from posemap_fast import ops
 from posemap_fast.apr import APRConfig, PoseFrame, build_aprnet
-from posemap_fast.fields import PoseDecoder
+from posemap_fast.fields import NeRFP, PoseDecoder
 from posemap_fast.progress import NoProgress
 from posemap_fast.train import (
     AlignConfig,
@@ -88,6 +90,16 @@ def test_stages_1_and_2(moved_map, views, camera, poses, device: torch.device) -
     frame = PoseFrame.from_poses(poses, "auto")
     branch = PoseBranchStage(PoseBranchConfig(steps=2, batch=2), nerfp, decoder, frame, renderer, camera, sampler, 0)
     assert branch.step(0)["loss"] > 0
+
+
+def test_stage_1_with_a_transient_branch(tiny_map, views, device: torch.device) -> None:
+    nerfp, renderer = tiny_map
+    nerfp = NeRFP(dataclasses.replace(nerfp.config, transient_dim=4), nerfp.frame).to(device)
+    renderer.occupancy.to(device)
+    stage = FieldStage(FieldTrainConfig(steps=20, samples_per_step=512), nerfp, renderer, views, seed=0)
+    for k in (0, 16):
+        assert math.isfinite(stage.step(k)["loss"])
+    stage.load_state_dict(stage.state_dict())
 
 
 def test_stages_3_and_4(moved_map, views, camera, poses, device: torch.device, tmp_path, monkeypatch) -> None:

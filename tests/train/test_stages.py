@@ -63,7 +63,9 @@ def test_posemap_loss_pulls_the_predicted_pose_through_the_map(parts) -> None:
     online, _, net = parts
     stage = apr_stage(parts, dataclasses.replace(OFF, posemap=1.0))
     net.zero_grad()
-    losses = stage._losses(torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))
+    losses = stage._losses(
+        torch.tensor([0, 1, 2]), stage._draw_views(0, torch.Generator().manual_seed(0)), torch.Generator()
+    )
     assert list(losses) == ["posemap"]
     losses["posemap"].backward()
     assert float(sum(p.grad.abs().sum() for p in net.head.parameters())) > 0
@@ -72,7 +74,7 @@ def test_posemap_loss_pulls_the_predicted_pose_through_the_map(parts) -> None:
 
 def test_replayed_views_are_used_once_there_are_enough(parts) -> None:
     stage = apr_stage(parts, LossWeights())
-    drawn = [stage._random_views(torch.Generator().manual_seed(k)).poses.shape[0] for k in range(3)]
+    drawn = [stage._draw_views(k, torch.Generator().manual_seed(k)).poses.shape[0] for k in range(3)]
     assert drawn == [2, 4, 4]
 
 

@@ -82,6 +82,9 @@ def _download(name: str, url: str | None) -> dict[str, torch.Tensor]:
 
 def _load_exactly(module: nn.Module, name: str, source: str, state: dict[str, torch.Tensor]) -> None:
     own = module.state_dict()
+    for key in own:  # a counter that published files may lack and nothing here uses
+        if key.endswith("num_batches_tracked") and key not in state:
+            state[key] = torch.zeros_like(own[key])
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
     problems += [

@@ -1,0 +1,99 @@
+"""Calibrated error intervals: a network's own spread, scaled so that validation errors fall inside as often as said.
+
+Split conformal prediction (Papadopoulos et al. 2002; Angelopoulos and Bates 2021, arXiv:2107.07511): with scores
+s_i = error_i / sigma_i on n validation views, the interval [0, q sigma] with q the ceil((n + 1) level)-th smallest
+score holds a new view's error with probability >= level, as long as it is drawn like the validation views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posemap_fast.errors import ShapeError
+
+__all__ = ["LEVELS", "Calibration", "Reliability", "calibrate", "reliability"]
+
+LEVELS = (0.5, 0.68, 0.9)  # shares of errors that the intervals are to hold
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Factors on the network's sigma, by level, for translation and rotation; empty without validation views."""
+
+    translation: Mapping[float, float]
+    rotation: Mapping[float, float]
+    n_views: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "t": {str(level): value for level, value in self.translation.items()},
+            "r": {str(level): value for level, value in self.rotation.items()},
+            "n_views": self.n_views,
+        }
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far intervals can be trusted on views that were not used for calibration.
+
+    Attributes:
+        coverage: level -> share of errors inside their interval.
+        p90_all, p90_surest: 90th percentile of the error of all views, and of the half with the smallest sigma.
+    """
+
+    coverage: Mapping[float, float]
+    p90_all: float
+    p90_surest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        inside = {str(level): share for level, share in self.coverage.items()}
+        return {"coverage": inside, "p90_all": self.p90_all, "p90_surest_half": self.p90_surest}
+
+
+def calibrate(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> Calibration:
+    """Factors from validation errors.
+
+    Args:
+        t_err, r_err: (n,) errors, units as sigma's.
+        sigma: (n, 2) > 0, of translation and rotation.
+    """
+    _check(t_err, r_err, sigma)
+    scores = (t_err.double() / sigma[:, 0].double(), r_err.double() / sigma[:, 1].double())
+    translation, rotation = ({level: _quantile(s, level) for level in LEVELS if len(s)} for s in scores)
+    return Calibration(translation, rotation, len(t_err))
+
+
+def _quantile(scores: torch.Tensor, level: float) -> float:
+    """The conformal quantile; the largest score where there are too few for the level."""
+    rank = min(len(scores), math.ceil((len(scores) + 1) * level))
+    return float(scores.sort().values[rank - 1])
+
+
+def reliability(errors: torch.Tensor, sigma: torch.Tensor, factors: Mapping[float, float]) -> Reliability:
+    """Coverage and sharpness of one kind of error, (n,) each, on views apart from those of the calibration."""
+    if errors.shape != sigma.shape or errors.dim() != 1 or not len(errors):
+        raise ShapeError(
+            "reliability: errors and sigma must both be (n,), n >= 1; got "
+            f"{tuple(errors.shape)} and {tuple(sigma.shape)}"
+        )
+    errors, sigma = errors.double(), sigma.double()
+    coverage = {level: float((errors <= factor * sigma).double().mean()) for level, factor in factors.items()}
+    surest = sigma.argsort(stable=True)[: max(1, len(sigma) // 2)]
+    p90, p90_surest = (float(torch.quantile(part, 0.9)) for part in (errors, errors[surest]))
+    return Reliability(coverage, p90, p90_surest)
+
+
+def _check(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> None:
+    n = len(t_err)
+    if t_err.shape != (n,) or r_err.shape != (n,) or sigma.shape != (n, 2):
+        raise ShapeError(
+            f"calibrate: needs errors (n,) twice and sigma (n, 2); got {tuple(t_err.shape)}, {tuple(r_err.shape)} "
+            f"and {tuple(sigma.shape)}"
+        )

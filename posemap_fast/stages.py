@@ -1,0 +1,267 @@
+"""The training stages of one scene, in order, each resumed from its checkpoint: what a run and an ablation are made of.
+
+scene -> frame -> field -> pose branch -> view cache -> networks -> alignment
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from posemap_fast.apr import APRConfig, APRNet, PoseFrame, build_aprnet
+from posemap_fast.data import FrameEstimate, Scene, estimate_frame, load_scene
+from posemap_fast.experiment import DataConfig, ExperimentConfig
+from posemap_fast.geometry import Camera, mean_pose, project_points
+from posemap_fast.localize import SceneMap
+from posemap_fast.progress import ProgressMeter
+from posemap_fast.seeding import stream_seed
+from posemap_fast.train import (
+    AlignStage,
+    APRStage,
+    APRTrainConfig,
+    Checkpointer,
+    FieldStage,
+    MetricsLog,
+    OnlineMap,
+    PoseBranchStage,
+    Stage,
+    TrainingViews,
+    ViewCache,
+    ViewSampler,
+    prune_occupancy,
+    rendered_size,
+    run_stage,
+)
+
+__all__ = ["SceneStages", "read_scene"]
+
+logger = logging.getLogger(__name__)
+_MIN_VIEWS = 3  # training images that must see a cell for it to hold matter
+
+
+def read_scene(scene: str, data: DataConfig) -> Scene:
+    """The scene `room`, or a capture on disk, as the configuration wants it.
+
+    Raises:
+        DatasetError: the scene cannot be read.
+    """
+    if scene == "room":
+        width = data.room_width
+        size = {"width": width, "height": width * 3 // 4}
+        found = load_scene(scene, None, n_train=data.room_train, n_test=data.room_test, **size)
+    else:
+        given = {"max_side": data.max_side, "gt": data.gt, "stride": data.stride if data.stride != 1 else 0}
+        found = load_scene(scene, data.dataset or None, **{key: value for key, value in given.items() if value})
+    if data.unlabelled_every > 0:
+        _take_unlabelled(found, data.unlabelled_every)
+    return found
+
+
+def _take_unlabelled(scene: Scene, every: int) -> None:
+    """Move every n-th test view to the unlabelled ones: they are aligned on and never scored."""
+    test = scene.splits["test"]
+    taken = set(test[every // 2 :: every])
+    scene.splits["test"] = [i for i in test if i not in taken]
+    scene.splits["unlabelled"] = sorted({*scene.splits.get("unlabelled", []), *taken})
+    scene.notes.append(f"every {every}th test view is unlabelled: {len(taken)} are aligned on and not scored")
+
+
+class SceneStages:
+    """Trains the parts of one scene; every stage goes on from its file in `folder`.
+
+    Args:
+        scene: images, poses and splits; views with absurd poses are removed from its training split.
+        config: of the whole experiment.
+        seed: all randomness follows from it.
+        folder: of the checkpoints.
+        log: receives the stages' numbers.
+        meter: shows progress.
+    Attributes:
+        views: split -> its views, on the configured device.
+        seconds: part -> seconds spent, over all calls.
+    """
+
+    def __init__(
+        self, scene: Scene, config: ExperimentConfig, seed: int, folder: Path, log: MetricsLog, meter: ProgressMeter
+    ):
+        self.scene, self.config, self.seed = scene, config, seed
+        self.folder, self.log, self.meter = folder, log, meter
+        self.device = torch.device(config.device)
+        self.seconds: dict[str, float] = {}
+        self.views = {split: self._views(split) for split in ("train", "val", "test", "unlabelled")}
+
+    def _views(self, split: str) -> TrainingViews:
+        index = torch.tensor(self.scene.views(split), dtype=torch.long)
+        views = TrainingViews.of(self.scene.images.select(index), self.scene.c2w[index], self.scene.camera)
+        return views.to(self.device)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
+
+    def _train(self, stage: Stage) -> None:
+        checkpointer = Checkpointer(self.folder / f"{stage.name}.pt", self.config.checkpoint_every_s)
+        self.seconds[stage.name] = run_stage(stage, checkpointer, self.log, self.meter)
+        logger.info("%s: %d steps in %.1f s", stage.name, stage.n_steps, self.seconds[stage.name])
+
+    def frame(self) -> FrameEstimate:
+        """Scene frame from the cameras and triangulated points; kept, so that a resumed run has the same one."""
+        path = self.folder / "frame.pt"
+        with self.timed("frame"):
+            if path.exists():
+                estimate = FrameEstimate.load(path)
+            else:
+                estimate = estimate_frame(self.scene)
+                estimate.save(path)
+                self.meter.note(f"scene frame: {estimate.rule}")
+                logger.info("scene frame: %s", estimate.rule)
+        self._drop_views(estimate.ignored_views)
+        return estimate
+
+    def _drop_views(self, ignored: list[int]) -> None:
+        """Leave training views with absurd poses out of everything."""
+        if not ignored:
+            return
+        names = ", ".join(self.scene.names[i] for i in ignored[:3])
+        self.meter.note(f"left out {len(ignored)} training view(s) whose pose is far off: {names}")
+        self.scene.splits["train"] = [i for i in self.scene.splits["train"] if i not in set(ignored)]
+        self.views["train"] = self._views("train")
+
+    def field(self, estimate: FrameEstimate) -> tuple[SceneMap, FieldStage]:
+        """Stage 1: colour and density, and the occupancy grid that later stages march through."""
+        views = self.views["train"]
+        scale = 1.0 if self.config.pose_scale == "metric" else "auto"
+        field = self.config.field
+        if field.finest_resolution == 0:
+            field = dataclasses.replace(field, finest_resolution=_finest_resolution(estimate, self.scene.camera))
+            logger.info("finest hash level: %d cells per side", field.finest_resolution)
+        if field.pose_octaves == 0:  # an octave of the inner box, which each cascade makes a half of the cube
+            field = dataclasses.replace(field, pose_octaves=1 + estimate.frame.n_cascades)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(self.seed, "map"))
+            scene_map = SceneMap.untrained(
+                self.scene.name,
+                field,
+                self.config.render,
+                estimate.frame,
+                estimate.near,
+                PoseFrame.from_poses(self.scene.c2w[self.scene.views("train")], scale),
+                self.scene.camera,
+            ).to(self.device)
+        if scene_map.nerfp.appearance is not None:
+            scene_map.nerfp.appearance.mean_histogram.copy_(views.histograms.mean(dim=0))
+        scene_map.renderer.occupancy.restrict(lambda x: _seen(estimate, views, x))
+        stage = FieldStage(self.config.nerf, scene_map.nerfp, scene_map.renderer, views, self.seed)
+        self._train(stage)
+        scene_map.renderer.set_coarseness(1.0)
+        with self.timed("prune"):
+            kept = prune_occupancy(scene_map.nerfp, scene_map.renderer, views, self.seed)
+        logger.info("occupancy: kept %.0f %% of the occupied cells", 100 * kept)
+        return scene_map, stage
+
+    def pose_branch(self, scene_map: SceneMap, sampler: ViewSampler) -> None:
+        """Stage 2: the pose branch and its decoder; the map is frozen afterwards."""
+        stage = PoseBranchStage(
+            self.config.posemap,
+            scene_map.nerfp,
+            scene_map.decoder,
+            scene_map.pose_frame,
+            scene_map.renderer,
+            self.scene.camera,
+            sampler,
+            self.seed,
+        )
+        self._train(stage)
+        scene_map.nerfp.requires_grad_(False)
+
+    def online_map(self, scene_map: SceneMap, sampler: ViewSampler) -> OnlineMap:
+        """The frozen map with its renders and PoseMaps at the training poses."""
+        size = rendered_size(self.scene.camera, self.config.apr.render_scale, self._network_config().input_size)
+        with self.timed("view_cache"):
+            cache = ViewCache.load_or_render(
+                self.folder / "views.pt",
+                scene_map.renderer,
+                scene_map.nerfp,
+                self.views["train"],
+                size,
+                self.meter,
+            )
+        norm = float(cache.posemaps.square().sum(dim=1).mean().sqrt())
+        return OnlineMap(scene_map.nerfp, scene_map.renderer, sampler, cache, max(norm, 1e-6))
+
+    def sampler(self, scene_map: SceneMap) -> ViewSampler:
+        """Source of random poses around the training poses."""
+        return ViewSampler(self.config.rvs, self.views["train"].c2w, scene_map.renderer)
+
+    def network(self, name: str, config: APRTrainConfig, online: OnlineMap, pose_frame: PoseFrame) -> APRNet:
+        """Stage 3: a network trained with `config`, in the state chosen on validation; `name` is the stage's."""
+        net = self._new_network(pose_frame)
+        stage = APRStage(config, net, online, self.views["train"], self.views["val"], self.seed, name)
+        self._train(stage)
+        net.load_state_dict(stage.best.state["net"])
+        return net.eval()
+
+    def _network_config(self) -> APRConfig:
+        """With the input size that `data.network_side` gives at the camera's aspect ratio."""
+        side = self.config.data.network_side
+        if not side:
+            return self.config.network
+        return dataclasses.replace(self.config.network, input_size=_network_size(self.scene.camera, side))
+
+    def _new_network(self, pose_frame: PoseFrame) -> APRNet:
+        poses = self.scene.c2w[self.scene.views("train")]
+        return build_aprnet(self._network_config(), pose_frame, mean_pose(poses), seed=self.seed).to(self.device)
+
+    def align(self, net: APRNet, online: OnlineMap) -> APRNet:
+        """Stage 4: a copy of `net` aligned on unlabelled images; an equal copy where the scene has none."""
+        aligned = copy.deepcopy(net)
+        unlabelled = self.views["test" if self.config.protocol == "transductive" else "unlabelled"].images
+        if len(unlabelled) == 0:
+            self.meter.note("alignment: no unlabelled frames in this scene, the stage is left out")
+            return aligned
+        stage = AlignStage(
+            self.config.align, aligned, online, unlabelled, self.scene.camera, self.views["val"], self.seed
+        )
+        self._train(stage)
+        aligned.load_state_dict(stage.best.state["net"])
+        return aligned.eval()
+
+
+def _network_size(camera: Camera, side: int) -> tuple[int, int]:
+    """(height, width) with the longer side `side` and the camera's aspect ratio."""
+    factor = side / max(camera.width, camera.height)
+    return max(16, round(camera.height * factor)), max(16, round(camera.width * factor))
+
+
+def _finest_resolution(estimate: FrameEstimate, camera: Camera) -> int:
+    """Cells per side of the finest hash level: a cell is two thirds of a pixel at the median depth."""
+    footprint = estimate.median_depth / max(camera.fx, camera.fy)  # world units per pixel
+    cells = 1.5 / (footprint * estimate.frame.scale)
+    return int(min(8192, max(128, 16 * round(cells / 16))))
+
+
+def _seen(estimate: FrameEstimate, views: TrainingViews, x: torch.Tensor) -> torch.Tensor:
+    """Whether points of the unit cube project into at least `_MIN_VIEWS` training images (with a margin of 5 %).
+
+    What a single image sees can be explained by anything in front of it: such cells only ever hold floaters.
+    """
+    world = estimate.frame.to_world(x)
+    camera, needed = views.camera, min(_MIN_VIEWS, len(views))
+    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    for pose in views.c2w:
+        left = torch.nonzero(count < needed).flatten()
+        if left.numel() == 0:
+            break
+        pixels, depth = project_points(camera, pose, world[left])
+        u, v = pixels[:, 0] / camera.width, pixels[:, 1] / camera.height
+        count[left] += (depth > 0) & (u > -0.05) & (u < 1.05) & (v > -0.05) & (v < 1.05)
+    return count >= needed
