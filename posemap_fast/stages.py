@@ -27,6 +27,7 @@ from posemap_fast.train import (
     APRStage,
     APRTrainConfig,
     Checkpointer,
+    DistilAlignStage,
     FieldStage,
     MetricsLog,
     OnlineMap,
@@ -228,8 +229,11 @@ class SceneStages:
         if len(unlabelled) == 0:
             self.meter.note("alignment: no unlabelled frames in this scene, the stage is left out")
             return aligned
-        stage = AlignStage(
-            self.config.align, aligned, online, unlabelled, self.scene.camera, self.views["val"], self.seed
+        common = (self.config.align, aligned, online, unlabelled, self.scene.camera, self.views["val"], self.seed)
+        stage: AlignStage | DistilAlignStage = (
+            AlignStage(*common)
+            if self.config.align.method == "paper"
+            else DistilAlignStage(*common, self.views["train"])
         )
         self._train(stage)
         aligned.load_state_dict(stage.best.state["net"])

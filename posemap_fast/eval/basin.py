@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from posemap_fast.errors import ConfigError
 from posemap_fast.eval.metrics import pose_errors
 from posemap_fast.files import atomic_path
-from posemap_fast.geometry import Camera, make_c2w, so3_exp
+from posemap_fast.geometry import Camera, make_c2w, move_poses, so3_exp
 from posemap_fast.losses import posemap_cosine, posemap_l2
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.render import PoseField, Renderer, render_posemaps
@@ -93,16 +93,12 @@ def descend_posemap(
         factor = max(0.01, 0.5 * (1 + math.cos(math.pi * k / n_steps)))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        poses = _moved(start, turn, move)
+        poses = move_poses(start, turn, move)
         value = distance(render_posemaps(renderer, nerfp, poses, camera), wanted) * len(start)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-    return _moved(start, turn, move).detach()
-
-
-def _moved(start: torch.Tensor, turn: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
-    return make_c2w(so3_exp(turn) @ start[:, :3, :3], start[:, :3, 3] + move)
+    return move_poses(start, turn, move).detach()
 
 
 def measure_basin(

@@ -21,6 +21,7 @@ __all__ = [
     "look_at",
     "make_c2w",
     "mean_pose",
+    "move_poses",
     "perturb_poses",
     "pose_vector12",
     "rigid_defect",
@@ -41,6 +42,14 @@ def invert_c2w(c2w: torch.Tensor) -> torch.Tensor:
     """Inverse of rigid transforms (..., 4, 4): world-to-camera from camera-to-world and back."""
     transposed = c2w[..., :3, :3].transpose(-1, -2)
     return make_c2w(transposed, -(transposed @ c2w[..., :3, 3:]).squeeze(-1))
+
+
+def move_poses(c2w: torch.Tensor, rotation_vector: torch.Tensor, translation: torch.Tensor) -> torch.Tensor:
+    """Poses (n, 4, 4) turned about their centres, in world axes, by (n, 3) radians, and shifted by (n, 3) world units.
+
+    Differentiable; the parameters of a descent over poses, with zeros for the start.
+    """
+    return make_c2w(so3_exp(rotation_vector) @ c2w[:, :3, :3], c2w[:, :3, 3] + translation)
 
 
 def pose_vector12(c2w: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from posemap_fast.train.align import AlignConfig, AlignStage
 from posemap_fast.train.apr import APRStage, APRTrainConfig, LossWeights, OnlineMap, rendered_size
 from posemap_fast.train.checkpoint import Checkpoint, Checkpointer
+from posemap_fast.train.distil_align import DistilAlignStage
 from posemap_fast.train.loop import DivergenceError, Stage, run_stage
 from posemap_fast.train.metrics_log import MetricsLog
 from posemap_fast.train.nerfp import FieldStage, FieldTrainConfig, TrainingViews
@@ -20,6 +21,7 @@ __all__ = [
     "BestState",
     "Checkpoint",
     "Checkpointer",
+    "DistilAlignStage",
     "DivergenceError",
     "FieldStage",
     "FieldTrainConfig",

@@ -10,8 +10,8 @@ pose through the rendering. L_posemap compares F(pose of I') with F(p_hat): I' i
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from posemap_fast.losses import posemap_cosine, triplet_loss
 from posemap_fast.render import render_posemaps
 from posemap_fast.seeding import integers, step_generator
 from posemap_fast.train.apr import OnlineMap, rendered_size
+from posemap_fast.train.image_pose import ImagePoseConfig
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.selection import BestState, network_input
 
@@ -34,13 +35,17 @@ __all__ = ["AlignConfig", "AlignStage"]
 class AlignConfig:
     """Schedule of stage 4."""
 
+    method: Literal["distil", "paper"] = "distil"  # poses from the map, then learnt; or the paper's joint loss
     steps: int = 60
     batch: int = 2  # unlabelled images per step; with 1 (the paper) the triplet's negative is another image
     lr: float = 1e-5
-    render_scale: float = 0.5  # size of the differentiable render relative to the camera's; 0 = the network's
+    image_pose: ImagePoseConfig = field(default_factory=ImagePoseConfig)  # distil: how poses are found
+    min_gain: float = 0.1  # distil: an image is learnt from when this share of its difference to the map went away
+    guard: float = 0.1  # distil: states are kept while the validation score has not risen by more than this share
+    render_scale: float = 0.5  # paper: size of the differentiable render relative to the camera's; 0 = the network's
     share: float = 1.0  # share of the unlabelled images used (paper: .1 indoor, .5 outdoor of the test images)
-    triplet_margin: float = 1.0
-    validate_every: int = 10  # steps; the best state on validation is kept, the untouched one included
+    triplet_margin: float = 1.0  # paper
+    validate_every: int = 10  # steps; `paper` keeps the best state on validation, the untouched one included
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:

@@ -12,7 +12,7 @@ from posemap_fast.data import ImageStack
 from posemap_fast.geometry import rotation_angle_deg
 from posemap_fast.train.nerfp import TrainingViews
 
-__all__ = ["BestState", "Predictions", "network_input", "predict", "predict_poses", "validation_score"]
+__all__ = ["BestState", "GuardedState", "Predictions", "network_input", "predict", "predict_poses", "validation_score"]
 
 
 def network_input(images: torch.Tensor) -> torch.Tensor:
@@ -80,9 +80,39 @@ class BestState:
         if done % self.every and not last:
             return {}
         values = validation_score(self.net, self.validation)
-        if done >= self.first and values["val_score"] < self.state["score"]:
+        if self._is_wanted(values["val_score"], done):
             self._keep(values["val_score"], done)
         return values
 
+    def _is_wanted(self, score: float, done: int) -> bool:
+        return done >= self.first and score < self.state["score"]
+
     def _keep(self, score: float, step: int) -> None:
         self.state = {"score": score, "step": step, "net": copy.deepcopy(self.net.state_dict())}
+
+
+class GuardedState(BestState):
+    """Keeps the last state whose validation score is not worse than the start's by more than a share.
+
+    For training that is meant to help elsewhere than on the validation views (alignment): there the best score would
+    be luck, but a bad one is a warning.
+
+    Args:
+        net, validation, every, n_steps: as `BestState`.
+        tolerance: share by which the score may rise.
+    """
+
+    def __init__(self, net: APRNet, validation: TrainingViews, every: int, n_steps: int, tolerance: float):
+        super().__init__(net, validation, every, n_steps)
+        if len(validation) > 0:
+            start = validation_score(net, validation)["val_score"]
+            self.state |= {"score": start, "limit": start * (1 + tolerance)}
+
+    def _is_wanted(self, score: float, done: int) -> bool:
+        return score <= self.state["limit"]
+
+    def _keep(self, score: float, step: int) -> None:
+        limit = self.state.get("limit")
+        super()._keep(score, step)
+        if limit is not None:
+            self.state["limit"] = limit

@@ -1,0 +1,152 @@
+"""Stage 4 by distillation: unlabelled images get poses from the map, and the network learns them.
+
+    L_align = L_image + L_posemap (paper, section 3.3, eq. 5), one after the other instead of in one step:
+    1. L_image moves the predicted pose of each unlabelled image until the map looks like it (`image_pose`);
+    2. the network learns the poses found, by the distance of 12-vectors and of PoseMaps, beside its training images.
+
+The paper's form (`align.AlignStage`) sends the image loss through a rendering into the network, one or two images at
+a time at a rate of 1e-5, which moves it by little. No true pose of an unlabelled image is read in either form.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import torch
+
+from posemap_fast.apr import APRNet
+from posemap_fast.data import ImageStack
+from posemap_fast.fields import luminance_histogram
+from posemap_fast.geometry import Camera
+from posemap_fast.losses import pose_l2, posemap_l2
+from posemap_fast.render import render_posemaps
+from posemap_fast.seeding import integers, step_generator
+from posemap_fast.train.align import AlignConfig
+from posemap_fast.train.apr import OnlineMap
+from posemap_fast.train.image_pose import refine_poses
+from posemap_fast.train.nerfp import TrainingViews
+from posemap_fast.train.selection import GuardedState, network_input, predict_poses
+
+__all__ = ["DistilAlignStage"]
+
+logger = logging.getLogger(__name__)
+_CHUNK = 8  # images whose poses are moved at once; bounds the memory
+
+
+class DistilAlignStage:
+    """Fine-tunes `net` with batch normalisation frozen; `best.state` is the one to use.
+
+    Args:
+        config: schedule.
+        net: trained network.
+        online: the frozen map.
+        images: (n, H, W, 3) uint8 unlabelled images, n >= 1.
+        camera: theirs and the training images'.
+        validation: views of the guard.
+        seed: of the run.
+        training: labelled views, mixed in so that nothing is forgotten.
+    """
+
+    name = "align"
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        net: APRNet,
+        online: OnlineMap,
+        images: ImageStack | torch.Tensor,
+        camera: Camera,
+        validation: TrainingViews,
+        seed: int,
+        training: TrainingViews,
+    ):
+        self.config, self.net, self.online, self.camera, self.seed = config, net, online, camera, seed
+        self.training = training
+        self.images = ImageStack.of(images)[:: max(1, round(1 / config.share))]
+        codes = online.nerfp.appearance_code(luminance_histogram(self.images))
+        self.codes = None if codes is None else codes.detach()
+        self.n_chunks = math.ceil(len(self.images) / _CHUNK)
+        self.n_steps = self.n_chunks + config.steps
+        net.eval()
+        net.freeze_batch_norm()
+        self.poses = predict_poses(net, self.images).float()
+        self.gain = torch.zeros(len(self.images), device=self.poses.device)  # share of the difference that went away
+        self.optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=config.lr, fused=True)
+        self.best = GuardedState(net, validation, config.validate_every, self.n_steps, config.guard)
+
+    def step(self, k: int) -> dict[str, float]:
+        """Move the poses of a few images, and after all of them one step of Adam on the network."""
+        if k < self.n_chunks:
+            return self._move_poses(k)
+        return self._teach(k) | self.best.look(k + 1)
+
+    def _move_poses(self, k: int) -> dict[str, float]:
+        part = torch.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.images)), device=self.poses.device)
+        found = refine_poses(
+            self.online.renderer,
+            self.online.nerfp,
+            self.camera,
+            network_input(self.images[part]),
+            None if self.codes is None else self.codes[part],
+            self.poses[part],
+            self.net.pose_frame.scale,
+            self.config.image_pose,
+        )
+        self.poses[part] = found.c2w
+        self.gain[part] = 1 - found.difference / found.difference_before.clamp(min=1e-9)
+        if k + 1 == self.n_chunks:
+            logger.info("align: %d of %d images have a pose that fits", len(self.trusted()), len(self.images))
+        return {"loss": float(found.difference.mean()), "before": float(found.difference_before.mean())}
+
+    def trusted(self) -> torch.Tensor:
+        """Indices of the images that the map looks more like than before, by a share; the network learns these."""
+        return torch.nonzero(self.gain >= self.config.min_gain).flatten()
+
+    def _teach(self, k: int) -> dict[str, float]:
+        config, net, online = self.config, self.net, self.online
+        generator = step_generator(self.seed, self.name, k)
+        done = (k - self.n_chunks) / config.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
+        trusted = self.trusted()
+        if len(trusted) == 0:  # nothing to learn from: the network stays as it is
+            return {"loss": 0.0}
+        device = self.poses.device
+        new = trusted[integers(generator, len(trusted), config.batch, device)]
+        known = integers(generator, len(self.training), config.batch, device)
+        images = [network_input(self.images[new]), network_input(self.training.images[known])]
+        poses = torch.cat([self.poses[new], self.training.c2w[known]])
+        output = net(torch.cat([net.resized(part) for part in images]))
+        target = net.pose_frame.encode(poses)
+        maps = render_posemaps(online.renderer, online.nerfp, output.c2w[: config.batch], self.camera)
+        with torch.no_grad():
+            wanted = render_posemaps(online.renderer, online.nerfp, poses[: config.batch], self.camera)
+        losses = {
+            "pose": pose_l2(output.vector12, target),
+            "posemap": posemap_l2(maps, wanted, scale=online.feature_scale),
+        }
+        loss = torch.stack(list(losses.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": float(loss.detach())} | {name: float(v.detach()) for name, v in losses.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Poses found so far, network, optimizer and the state to use."""
+        return {
+            "poses": self.poses,
+            "gain": self.gain,
+            "net": copy.copy(self.net.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.poses, self.gain = state["poses"], state["gain"]
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best.state = state["best"]
