@@ -168,16 +168,15 @@ class _SceneRunner:
     def _train_row(self, name: str, row: AblationRow, config: ExperimentConfig) -> dict[str, Any]:
         key, stages, scene_map, online = self._map(config)
         stages.config = config
-        stages.folder = self.folder / "networks" / _file_name(name)
-        stage = f"apr_{_file_name(name)}"
-        net = stages.network(stage, config.apr, online, scene_map.pose_frame)
-        entries = [self._score(name, net, stages, stages.seconds[stage])]
+        network = _digest([key, to_dict(config.apr), to_dict(config.network)])
+        stages.folder = self.folder / "networks" / network  # rows that differ in their alignment only share it
+        net = stages.network("apr", config.apr, online, scene_map.pose_frame)
+        entries = [self._score(name, net, stages, stages.seconds["apr"])]
         if row.align:
             stages.config = dataclasses.replace(config, protocol=row.align)
+            stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
             aligned = stages.align(net, online)
             entries.append(self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0)))
-        for file in stages.folder.glob("*.pt"):  # the row is on disk; its checkpoints are not needed any more
-            file.unlink()
         extra = {"map": key, "map_seconds": {k: round(v, 1) for k, v in stages.seconds.items() if k in _MAP_PARTS}}
         return extra | {"results": [*self._baselines(stages), *entries]} | _origin()
 

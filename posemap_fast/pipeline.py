@@ -73,8 +73,9 @@ def _run_stages(run: RunDirectory, stages: SceneStages) -> dict[str, Any]:
         for name, config in (("pose_only", pose_only), ("apr", stages.config.apr))
     }
     nets["aligned"] = stages.align(nets["apr"], online)
+    unseen = stages.unseen_views(online, nets["apr"].config.input_size)
     with stages.timed("evaluate"):
-        outcome = results.evaluate(scene_map, nets, views, scene, stages.meter)
+        outcome = results.evaluate(scene_map, nets, views, scene, unseen, stages.meter)
     _save_localizer(run, scene, nets["aligned"], outcome)
     summary = results.summarize_run(run, scene, estimate, field_stage, outcome, stages.seconds)
     summary["time_s"] = _times(stages.seconds)
@@ -92,4 +93,5 @@ def _times(seconds: dict[str, float]) -> dict[str, float]:
 
 def _save_localizer(run: RunDirectory, scene: Scene, net: APRNet, outcome: results.Outcome) -> None:
     metrics = {"calibration": outcome.calibration.to_dict(), "test": outcome.errors["aligned"].summary}
-    PoseRegressor(net, net.config, scene.camera, metrics).save(run.localizer_file, scene.name)
+    regressor = PoseRegressor(net, net.config, scene.camera, metrics, outcome.error_model)
+    regressor.save(run.localizer_file, scene.name)

@@ -16,7 +16,7 @@ from rich.table import Table
 import posemap_fast
 from posemap_fast import ops
 from posemap_fast.apr import APRNet
-from posemap_fast.data import FrameEstimate, Scene
+from posemap_fast.data import FrameEstimate, ImageStack, Scene
 from posemap_fast.environment import processor_name
 from posemap_fast.eval import (
     Calibration,
@@ -35,17 +35,17 @@ from posemap_fast.eval import (
     write_tum,
 )
 from posemap_fast.geometry import mean_pose
-from posemap_fast.localize import SceneMap
+from posemap_fast.localize import ErrorModel, SceneMap
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.render import ViewOutput, render_views
 from posemap_fast.run_dir import RunDirectory
-from posemap_fast.train import FieldStage, MetricsLog, Predictions, TrainingViews, predict, predict_poses
+from posemap_fast.train import FieldStage, MetricsLog, TrainingViews, predict, predict_poses
 
 __all__ = [
     "Outcome",
     "PoseErrors",
-    "calibrate_network",
     "evaluate",
+    "model_errors",
     "print_table",
     "reliability_of",
     "summarize_run",
@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_FITTED_VIEWS = 256  # training images that the error model is fitted on
 _PICTURES = 6  # held-out views shown in the report
 _WORST = 4  # worst cases shown in the report
 
@@ -85,8 +86,9 @@ class Outcome:
     renders: torch.Tensor  # (n, H, W, 3) uint8 at the true test poses
     posemaps: torch.Tensor  # (n, 256, rows, cols)
     errors: dict[str, PoseErrors]  # decoder, pose_only, apr, aligned, mean_pose, nearest_view
-    calibration: Calibration  # of the aligned network's sigma, on validation
-    reliability: dict[str, Reliability]  # t, r: of those intervals on the test views; empty without validation
+    error_model: ErrorModel  # of the aligned network
+    calibration: Calibration  # of its intervals
+    reliability: dict[str, Reliability]  # t, r: of those intervals on the test views
 
 
 def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, index: int) -> ViewOutput:
@@ -102,9 +104,10 @@ def evaluate(
     nets: dict[str, APRNet],
     views: dict[str, TrainingViews],
     scene: Scene,
+    random: tuple[torch.Tensor, torch.Tensor],
     meter: ProgressMeter,
 ) -> Outcome:
-    """Render every test view and let every method answer for every test image."""
+    """Render every test view and let every method answer for every test image; `random` as in `model_errors`."""
     train, test = views["train"], views["test"]
     truth = scene.c2w[scene.views("test")]
     psnrs, ssims, renders, posemaps = [], [], [], []
@@ -128,25 +131,50 @@ def evaluate(
         "nearest_view": train_c2w[nearest_views(train.images, test.images).cpu()],
     }
     errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
-    calibration = calibrate_network(nets["aligned"], views["val"])
-    trust = reliability_of(predict(nets["aligned"], test.images), truth, calibration)
-    return Outcome(psnrs, ssims, torch.stack(renders), maps.cpu(), errors, calibration, trust)
+    model, calibration = model_errors(nets["aligned"], views, random)
+    trust = reliability_of(nets["aligned"], model, calibration, test)
+    return Outcome(psnrs, ssims, torch.stack(renders), maps.cpu(), errors, model, calibration, trust)
 
 
-def calibrate_network(net: APRNet, validation: TrainingViews) -> Calibration:
-    """Factors that make the network's sigma hold on validation views; empty without any."""
-    found = predict(net, validation.images)
-    errors = pose_errors(found.c2w.double(), validation.c2w.double())
-    return calibrate(*errors, found.sigma.cpu())
+def model_errors(
+    net: APRNet, views: dict[str, TrainingViews], random: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[ErrorModel, Calibration]:
+    """The error model of a network, and the calibration of its intervals.
+
+    It is fitted on training images and one half of the random views and calibrated on the other half and the validation
+    views: validation views alone lie near the training views and would promise too much elsewhere.
+
+    Args:
+        random: poses (n, 4, 4) and images (n, h, w, 3) uint8 that the network was not trained on.
+    """
+    train, validation = views["train"], views["val"]
+    some = torch.arange(0, len(train), -(-len(train) // _FITTED_VIEWS), device=train.c2w.device)
+    known = _with_errors(net, train.images[some], train.c2w[some])
+    fresh = _with_errors(net, random[1], random[0])
+    checked = _with_errors(net, validation.images, validation.c2w)
+    fitted = [torch.cat([a, b[::2]]) for a, b in zip(known, fresh, strict=True)]
+    model = ErrorModel.fit(train.c2w, net.pose_frame, *fitted)
+    c2w, log_sigma, errors = (torch.cat([a, b[1::2]]) for a, b in zip(checked, fresh, strict=True))
+    return model, calibrate(errors[:, 0], errors[:, 1], model.sigma(c2w, log_sigma))
 
 
-def reliability_of(found: Predictions, truth: torch.Tensor, calibration: Calibration) -> dict[str, Reliability]:
-    """How calibrated intervals do on test views; empty without a calibration."""
-    if calibration.n_views == 0:
-        return {}
-    errors, sigma = pose_errors(found.c2w.double(), truth), found.sigma.cpu()
+def _with_errors(
+    net: APRNet, images: ImageStack | torch.Tensor, c2w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Answers (n, 4, 4), their log sigma (n, 2) and errors (n, 2), on the CPU."""
+    found = predict(net, images)
+    errors = torch.stack(pose_errors(found.c2w.double(), c2w.double()), dim=1)
+    return found.c2w.cpu(), found.log_sigma.cpu(), errors
+
+
+def reliability_of(
+    net: APRNet, model: ErrorModel, calibration: Calibration, test: TrainingViews
+) -> dict[str, Reliability]:
+    """How calibrated intervals do on test views."""
+    c2w, log_sigma, errors = _with_errors(net, test.images, test.c2w)
+    sigma = model.sigma(c2w, log_sigma)
     factors = (calibration.translation, calibration.rotation)
-    return {key: reliability(errors[k], sigma[:, k], factors[k]) for k, key in enumerate(("t", "r"))}
+    return {key: reliability(errors[:, k], sigma[:, k], factors[k]) for k, key in enumerate(("t", "r"))}
 
 
 def _medians(errors: PoseErrors) -> dict[str, float]:

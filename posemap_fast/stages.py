@@ -32,6 +32,7 @@ from posemap_fast.train import (
     MetricsLog,
     OnlineMap,
     PoseBranchStage,
+    RandomViewSource,
     Stage,
     TrainingViews,
     ViewCache,
@@ -44,6 +45,7 @@ from posemap_fast.train import (
 __all__ = ["SceneStages", "read_scene"]
 
 logger = logging.getLogger(__name__)
+_UNSEEN_BATCH, _UNSEEN_BATCHES = 4, 24  # random views for the error model
 _MIN_VIEWS = 3  # training images that must see a cell for it to hold matter
 
 
@@ -221,6 +223,28 @@ class SceneStages:
     def _new_network(self, pose_frame: PoseFrame) -> APRNet:
         poses = self.scene.c2w[self.scene.views("train")]
         return build_aprnet(self._network_config(), pose_frame, mean_pose(poses), seed=self.seed).to(self.device)
+
+    def unseen_views(self, online: OnlineMap, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Poses (n, 4, 4) and images (n, height, width, 3) uint8 of random views that no network was trained on."""
+        codes = online.nerfp.appearance_code(self.views["train"].histograms)
+        source = RandomViewSource(
+            online.nerfp,
+            online.renderer,
+            online.sampler,
+            self.scene.camera,
+            codes,
+            image_size=size,
+            n_views=_UNSEEN_BATCH,
+            appearance=self.config.rvs.appearance,
+            seed=stream_seed(self.seed, "unseen views"),
+        )
+        with self.timed("unseen_views"), self.meter.task("unseen views", total=_UNSEEN_BATCHES) as task:
+            drawn = []
+            for k in range(_UNSEEN_BATCHES):
+                drawn.append(source.draw(k))
+                task.update(k + 1)
+        poses, images = zip(*drawn, strict=True)
+        return torch.cat(poses), torch.cat(images)
 
     def align(self, net: APRNet, online: OnlineMap) -> APRNet:
         """Stage 4: a copy of `net` aligned on unlabelled images; an equal copy where the scene has none."""

@@ -108,7 +108,9 @@ class APRNet(nn.Module):
             taps = [tap[:n_features] for tap in encoded.taps]
             features = self.feature_branch(taps, self.config.feature_size)
         log_sigma = _at_least_float32(self.head.log_sigma(summary))
-        return APROutput(vector12, self.pose_frame.decode(vector12), log_sigma, features)
+        with torch.autocast(vector12.device.type, enabled=False):
+            c2w = self.pose_frame.decode(vector12)
+        return APROutput(vector12, c2w, log_sigma, features)
 
     def regress(self, images: torch.Tensor) -> torch.Tensor:
         """Only the raw (B, 12) vectors: what an exported graph holds, free of the SVD."""

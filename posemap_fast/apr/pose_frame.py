@@ -78,10 +78,6 @@ class PoseFrame:
         local = c2w_from_vector12(vector12)
         return make_c2w(local[..., :3, :3], local[..., :3, 3] * self.scale + self._center(local))
 
-    def sigma(self, log_sigma: torch.Tensor) -> torch.Tensor:
-        """Expected errors (..., 2) of `PoseHead.log_sigma`: translation in world units, rotation in degrees."""
-        return log_sigma.exp() * log_sigma.new_tensor([self.scale, math.degrees(1)])
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description."""
         return {"center": list(self.center), "scale": self.scale}

@@ -194,14 +194,15 @@ def _build(cls: type[T], values: dict[str, Any], sources: Sources, path: tuple[s
         value, nested = values[field.name], _nested_class(hints[field.name])
         if nested is not None and value is not None:
             value = _build(nested, value, sources, (*path, field.name), _ABSENT if known is None else known)
-        elif isinstance(value, dict) and isinstance(known, dict):
+        elif isinstance(value, dict):
+            others: dict[str, Any] = known if isinstance(known, dict) else {}
             entry = _entry_class(hints[field.name])
             if entry is not None:
                 value = {
-                    key: _build(entry, item, sources, (*path, field.name, key), known.get(key, _ABSENT))
+                    key: _build(entry, item, sources, (*path, field.name, key), others.get(key, _ABSENT))
                     for key, item in value.items()
                 }
-            value = {**known, **value}
+            value = {**others, **value}
         arguments[field.name] = value
     try:
         return cls(**arguments)

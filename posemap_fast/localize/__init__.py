@@ -1,6 +1,7 @@
 """Files of a trained scene and the localizers that read them."""
 
+from posemap_fast.localize.error_model import ErrorModel
 from posemap_fast.localize.localizer import Localizer, PoseAnswer, PoseRegressor, read_image
 from posemap_fast.localize.scene_map import SceneMap
 
-__all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "SceneMap", "read_image"]
+__all__ = ["ErrorModel", "Localizer", "PoseAnswer", "PoseRegressor", "SceneMap", "read_image"]

@@ -11,15 +11,17 @@ import cv2
 import numpy as np
 import torch
 
-from posemap_fast.apr import APRConfig, APRNet, PoseFrame, build_aprnet
+from posemap_fast.apr import APRConfig, APRNet, APROutput, PoseFrame, build_aprnet
 from posemap_fast.config import from_dict, to_dict
 from posemap_fast.errors import DatasetError, FileFormatError
 from posemap_fast.files import LOCALIZER_MAGIC, read_container, write_container
 from posemap_fast.geometry import Camera, quaternion_from_matrix
+from posemap_fast.localize.error_model import ErrorModel
 
 __all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
 
 _VERSION = 2
+_SUPPORT = "errors.support"  # name of the training poses among the tensors
 _SIGMA_LEVEL = "0.68"  # of the calibration, that sigma stands for
 _ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
 
@@ -63,14 +65,23 @@ class PoseRegressor:
         net: trained network.
         config: its configuration, stored beside it.
         camera: intrinsics of the training images; a query must come from the same camera (any size).
-        metrics: errors on validation and test images at training time, stored in the file.
+        metrics: errors on test images and calibration of the intervals at training time, stored in the file.
+        errors: model of the network's errors; None: answers carry no sigma.
     """
 
-    def __init__(self, net: APRNet, config: APRConfig, camera: Camera, metrics: dict[str, Any]):
+    def __init__(
+        self,
+        net: APRNet,
+        config: APRConfig,
+        camera: Camera,
+        metrics: dict[str, Any],
+        errors: ErrorModel | None = None,
+    ):
         self.net = net.eval()
         self.config = config
         self.camera = camera
         self.metrics = metrics
+        self.errors = errors
 
     @torch.no_grad()
     def localize(self, image: torch.Tensor) -> PoseAnswer:
@@ -80,11 +91,17 @@ class PoseRegressor:
         batch = pixels.permute(2, 0, 1)[None].float().div(255).contiguous(memory_format=torch.channels_last)
         output = self.net(batch)
         c2w = output.c2w[0].double().cpu()
-        sigma_t, sigma_r = self.net.pose_frame.sigma(output.log_sigma[0].double().cpu()).tolist()
+        sigma = self._sigma(output)
         elapsed = 1000 * (time.perf_counter() - begin)
+        return PoseAnswer(c2w, *sigma, elapsed)
+
+    def _sigma(self, output: APROutput) -> tuple[float | None, float | None]:
+        """Calibrated expected errors of the first answer, in world units and degrees."""
         factors = self.metrics.get("calibration", {})
-        t, r = (factors.get(key, {}).get(_SIGMA_LEVEL) for key in ("t", "r"))
-        return PoseAnswer(c2w, None if t is None else t * sigma_t, None if r is None else r * sigma_r, elapsed)
+        if self.errors is None or not factors:
+            return None, None
+        t, r = self.errors.sigma(output.c2w[:1], output.log_sigma[:1])[0].tolist()
+        return t * factors["t"][_SIGMA_LEVEL], r * factors["r"][_SIGMA_LEVEL]
 
     def save(self, path: str | Path, scene: str) -> None:
         """Write network, camera, frame, configuration and metrics atomically, with a checksum."""
@@ -95,8 +112,12 @@ class PoseRegressor:
             "pose_frame": self.net.pose_frame.to_dict(),
             "camera": self.camera.to_dict(),
             "metrics": self.metrics,
+            "errors": None if self.errors is None else self.errors.to_dict(),
         }
-        write_container(path, LOCALIZER_MAGIC, header, self.net.state_dict())
+        tensors = self.net.state_dict()
+        if self.errors is not None:
+            tensors[_SUPPORT] = self.errors.support
+        write_container(path, LOCALIZER_MAGIC, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> PoseRegressor:
@@ -112,8 +133,10 @@ class PoseRegressor:
             )
         config = from_dict(APRConfig, header["apr"], str(path))
         net = build_aprnet(config, PoseFrame.from_dict(header["pose_frame"]), load_weights=False)
+        support = tensors.pop(_SUPPORT, None)
         net.load_state_dict(tensors)
-        return cls(net, config, Camera.from_dict(header["camera"]), header["metrics"])
+        errors = None if support is None else ErrorModel.from_dict(header["errors"], support)
+        return cls(net, config, Camera.from_dict(header["camera"]), header["metrics"], errors)
 
 
 def read_image(path: str | Path, camera: Camera) -> torch.Tensor:

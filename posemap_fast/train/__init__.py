@@ -9,6 +9,7 @@ from posemap_fast.train.metrics_log import MetricsLog
 from posemap_fast.train.nerfp import FieldStage, FieldTrainConfig, TrainingViews
 from posemap_fast.train.pose_branch import PoseBranchConfig, PoseBranchStage
 from posemap_fast.train.prune import prune_occupancy
+from posemap_fast.train.random_views import RandomViewSource, ViewBank
 from posemap_fast.train.rvs import RVSConfig, ViewSampler
 from posemap_fast.train.selection import BestState, Predictions, predict, predict_poses, validation_score
 from posemap_fast.train.view_cache import ViewCache
@@ -32,8 +33,10 @@ __all__ = [
     "PoseBranchStage",
     "Predictions",
     "RVSConfig",
+    "RandomViewSource",
     "Stage",
     "TrainingViews",
+    "ViewBank",
     "ViewCache",
     "ViewSampler",
     "predict",

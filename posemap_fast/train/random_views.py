@@ -32,9 +32,11 @@ class ViewBank:
 
     def __init__(self, folder: Path, n_steps: int, n_views: int, image_size: tuple[int, int]):
         folder.mkdir(parents=True, exist_ok=True)
-        self.poses = _array(folder / "poses.npy", np.float32, (n_steps, n_views, 4, 4))
-        self.images = _array(folder / "images.npy", np.uint8, (n_steps, n_views, *image_size, 3))
-        self.is_there = _array(folder / "is_there.npy", np.bool_, (n_steps,))  # set last: a killed write is no entry
+        self.poses, kept_poses = _array(folder / "poses.npy", np.float32, (n_steps, n_views, 4, 4))
+        self.images, kept_images = _array(folder / "images.npy", np.uint8, (n_steps, n_views, *image_size, 3))
+        self.is_there, _ = _array(folder / "is_there.npy", np.bool_, (n_steps,))  # set last: a killed write is no entry
+        if not (kept_poses and kept_images):
+            self.is_there[:] = False
 
     def get(self, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Poses (n, 4, 4) and images (n, h, w, 3) uint8 of step k, on the CPU; None when nobody has rendered them."""
@@ -49,16 +51,17 @@ class ViewBank:
             self.is_there[k] = True
 
 
-def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """The memory-mapped array of a file; a new one, of zeros, where it has not this shape."""
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+    """The memory-mapped array of a file and True; a new one, of zeros, and False where it has not this shape."""
     if path.exists():
         try:
+            np.lib.format.open_memmap(path, mode="r")  # refuses a short file, which "r+" would fill with zeros
             found = np.lib.format.open_memmap(path, mode="r+")
-        except ValueError:  # cut off while it was made
+        except (ValueError, EOFError, OSError):  # empty, or cut off while it was made
             found = None
         if found is not None and found.shape == shape and found.dtype == dtype:
-            return found
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            return found, True
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape), False
 
 
 class RandomViewSource:

@@ -24,20 +24,19 @@ class Predictions(NamedTuple):
     """What a network answers for some images."""
 
     c2w: torch.Tensor  # (n, 4, 4) camera-to-world
-    sigma: torch.Tensor  # (n, 2) expected errors before calibration: translation in world units, rotation in deg
+    log_sigma: torch.Tensor  # (n, 2) of the network, see `PoseHead.log_sigma`
 
 
 @torch.no_grad()
 def predict(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> Predictions:
-    """(n, H, W, 3) uint8 -> poses and expected errors, in evaluation mode."""
+    """(n, H, W, 3) uint8 -> poses and their spread, in evaluation mode."""
     was_training = net.training
     net.eval()
     outputs = [net(network_input(chunk)) for chunk in images.split(batch)]
     net.train(was_training)
     if not outputs:
         return Predictions(torch.zeros(0, 4, 4, device=images.device), torch.zeros(0, 2, device=images.device))
-    log_sigma = torch.cat([output.log_sigma for output in outputs])
-    return Predictions(torch.cat([output.c2w for output in outputs]), net.pose_frame.sigma(log_sigma))
+    return Predictions(*(torch.cat(part) for part in zip(*((o.c2w, o.log_sigma) for o in outputs), strict=True)))
 
 
 def predict_poses(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> torch.Tensor:

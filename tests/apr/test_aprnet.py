@@ -44,15 +44,33 @@ def test_shapes_of_poses_and_features_at_odd_image_sizes(net):
     assert output.features.shape == (3, 2, 6, 6, 8)
 
 
-def test_gradients_of_one_joint_pass_reach_every_parameter_and_the_images(net):
+def test_gradients_of_one_joint_pass_reach_every_parameter_and_the_images_but_not_the_spread(net):
     images = _images(3).requires_grad_()
     output = net.train()(images, n_features=3)
     weights = torch.rand(output.features.shape, generator=torch.Generator().manual_seed(5))
     (output.vector12.square().mean() + (output.features * weights).square().mean()).backward()
-    untouched = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    assert untouched == []
+    assert _reached(net) == {name for name, _ in net.named_parameters()} - _spread(net)
     assert images.grad.abs().sum() > 0
     net.zero_grad(set_to_none=True)
+
+
+def test_log_sigma_sends_its_gradient_to_the_spread_and_nowhere_else(net):
+    images = _images(3).requires_grad_()
+    log_sigma = net.train()(images).log_sigma
+    assert log_sigma.shape == (3, 2)
+    log_sigma.square().sum().backward()
+    assert _reached(net) == _spread(net) != set()
+    assert images.grad is None
+    net.zero_grad(set_to_none=True)
+
+
+def _reached(net: APRNet) -> set[str]:
+    """Names of the parameters that a gradient other than zero has come to."""
+    return {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def _spread(net: APRNet) -> set[str]:
+    return {name for name, _ in net.named_parameters() if name.startswith("head.spread.")}
 
 
 def test_inference_does_not_run_the_feature_branch(net, monkeypatch):

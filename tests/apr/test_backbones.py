@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from posemap_fast.apr.backbones import BACKBONES, VGG16, Backbone, ResNet18, ResNet34
-from posemap_fast.errors import ConfigError, ShapeError
+from posemap_fast.errors import ConfigError, FileFormatError, ShapeError
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -198,6 +198,19 @@ def test_a_torchvision_shaped_resnet18_file_loads_and_its_classifier_is_ignored(
     torch.save({**state, **classifier}, tmp_path / "resnet18.pth")
     net = ResNet18(str(tmp_path / "resnet18.pth"))
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+def test_a_file_without_the_counters_of_batches_loads_and_one_without_a_weight_does_not(built, tmp_path):
+    state = {key: value for key, value in built["resnet18"].state_dict().items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "old.pth")
+    loaded = ResNet18(str(tmp_path / "old.pth")).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    counters = [value for key, value in loaded.items() if "num_batches" in key]
+    assert len(counters) == 20 and not any(counters) and all(value.dtype == torch.int64 for value in counters)
+    del state["bn1.running_mean"]
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(FileFormatError, match=r"missing bn1\.running_mean; give"):
+        ResNet18(str(tmp_path / "old.pth"))
 
 
 @pytest.mark.parametrize("kind", [ResNet18, ResNet34])

@@ -36,11 +36,31 @@ def test_images_of_a_batch_do_not_see_each_other(head):
     torch.testing.assert_close(head(final)[1:2], head(final[1:2]))
 
 
-def test_gradients_reach_every_parameter_and_the_map(head):
+def test_gradients_of_the_pose_reach_the_map_and_every_parameter_but_the_spread(head):
     final = _final(4, 6, 7).requires_grad_()
     head(final).square().mean().backward()
     assert final.grad.abs().sum() > 0
-    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None for p in head.spread.parameters())
+    untouched = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == [f"spread.{name}" for name, _ in head.spread.named_parameters()]
+
+
+def test_gradients_of_log_sigma_reach_the_spread_and_nothing_else(head):
+    final = _final(4, 6, 7).requires_grad_()
+    head.log_sigma(head.features(final)).square().sum().backward()
+    assert final.grad is None
+    assert {name for name, p in head.named_parameters() if p.grad is not None} == {
+        f"spread.{name}" for name, _ in head.spread.named_parameters()
+    }
+    assert all(p.grad.any() for p in head.spread.parameters())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 10), (7, 13)])
+def test_pose_and_log_sigma_are_read_off_the_same_features(head, size):
+    features = head.features(_final(3, *size))
+    assert features.shape == (3, head.output.in_features)
+    torch.testing.assert_close(head.output(features), head(_final(3, *size)))
+    assert head.log_sigma(features).shape == (3, 2)
 
 
 def test_the_first_predictions_lie_near_the_start(head):

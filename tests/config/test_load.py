@@ -42,6 +42,16 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    rows: dict[str, Optimizer] = dataclasses.field(default_factory=lambda: {"base": Optimizer(learning_rate=0.5)})
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedsRows:
+    rows: dict[str, Optimizer]
+
+
+@dataclasses.dataclass(frozen=True)
 class Needs:
     path: str
 
@@ -127,6 +137,44 @@ def test_a_default_set_by_the_parent_survives_a_partial_section(tmp_path: Path) 
 
 def test_dictionaries_merge_with_their_default(tmp_path: Path) -> None:
     assert load_config(Run, written(tmp_path, "weights: {image: 0}")).weights == {"pose": 1.0, "image": 0.0}
+
+
+def test_named_sections_merge_entry_by_entry_and_key_by_key(tmp_path: Path) -> None:
+    written(tmp_path, "rows: {first: {kind: sgd, learning_rate: 2}, second: {}}", "base.yaml")
+    path = written(tmp_path, "base: base.yaml\nrows: {first: {learning_rate: 3}, third: {kind: sgd}}")
+    found = load_config(Table, path, ["rows.base.kind=sgd"]).rows
+    assert found == {
+        "base": Optimizer(learning_rate=0.5, kind="sgd"),
+        "first": Optimizer(learning_rate=3, kind="sgd"),
+        "second": Optimizer(),
+        "third": Optimizer(kind="sgd"),
+    }
+    assert list(found) == ["base", "first", "second", "third"]
+    table = Table(found)
+    assert load_config(Table, written(tmp_path, dump_yaml(table))) == from_dict(Table, to_dict(table)) == table
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows: {a: {learning: 1}}", ": rows.a: unknown key 'learning'; did you mean 'learning_rate'?"),
+        ("rows: {a: {kind: adm}}", ": rows.a.kind: must be one of 'adam', 'sgd'; got 'adm' (str)"),
+        ("rows: {b: {}, a: {learning_rate: -1}}", ": rows.a: learning_rate must be > 0; got -1"),
+        ("rows: {a: 3}", ": rows.a: must be a section of `key: value`; got 3"),
+        ("rows: {a: }", ": rows.a: must be a section of `key: value`; got None"),
+        ("rows: [a]", ": rows: must be a section of `name: ...`; got ['a']"),
+        ("rows: {1: {}}", ": rows: must be a section of `name: ...`; got {1: {}}"),
+    ],
+)
+def test_a_mistake_in_a_named_section_is_named_with_its_entry(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Table, path)
+    assert str(caught.value).removeprefix(str(path)).startswith(message)
+
+
+def test_named_sections_need_no_default() -> None:
+    assert load_config(NeedsRows, overrides=["rows.a.kind=sgd"]).rows == {"a": Optimizer(kind="sgd")}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,37 +14,61 @@ import torch
 
 from posemap_fast.apr import APRConfig, PoseFrame, build_aprnet
 from posemap_fast.errors import ConfigError, DatasetError, FileFormatError
+from posemap_fast.eval import Calibration, calibrate
 from posemap_fast.fields import FieldConfig
 from posemap_fast.files import LOCALIZER_MAGIC, MAP_MAGIC, read_container, write_container
 from posemap_fast.geometry import Camera, SceneFrame
-from posemap_fast.localize import PoseRegressor, SceneMap, read_image
-from posemap_fast.render import OccupancyConfig, RenderConfig
+from posemap_fast.localize import ErrorModel, PoseRegressor, SceneMap, read_image
+from posemap_fast.render import OccupancyConfig, RenderConfig, render_posemaps
 
 TINY_FIELD = FieldConfig(n_levels=4, log2_hashmap_size=10, base_resolution=4, finest_resolution=16, hidden=16)
 CAMERA = Camera(64, 48, 50.0, 50.0, 32.0, 24.0)
 POSE_FRAME = PoseFrame((1.0, 2.0, 3.0), 0.5)
 
 
-def scene_map() -> SceneMap:
+def scene_map(**field: Any) -> SceneMap:
     torch.manual_seed(0)
     render = RenderConfig(steps_per_unit=32, occupancy=OccupancyConfig(resolution=16))
     frame = SceneFrame(scale=0.25, offset=torch.full((3,), 0.5))
-    return SceneMap.untrained("tiny", TINY_FIELD, render, frame, 0.02, POSE_FRAME, CAMERA)
+    return SceneMap.untrained("tiny", dataclasses.replace(TINY_FIELD, **field), render, frame, 0.02, POSE_FRAME, CAMERA)
 
 
-def regressor() -> PoseRegressor:
+CALIBRATION = {"t": {"0.5": 1.5, "0.68": 2.0, "0.9": 4.0}, "r": {"0.5": 0.2, "0.68": 0.5, "0.9": 0.9}, "n_views": 20}
+
+
+def error_model() -> ErrorModel:
+    """Of one training pose, 2 units to the right of the frame's centre, and unlike weights for both kinds of error."""
+    support = torch.eye(4)[None].clone()
+    support[0, :3, 3] = torch.tensor([3.0, 2.0, 3.0])
+    weights = torch.tensor([[0.1, 0.5, 0.0, 1.0], [0.0, 0.0, 0.3, 2.0]], dtype=torch.float64)
+    return ErrorModel(support, weights, POSE_FRAME.scale)
+
+
+def regressor(metrics: dict[str, Any] | None = None, errors: ErrorModel | None = None) -> PoseRegressor:
     config = APRConfig(input_size=(48, 64))
-    return PoseRegressor(build_aprnet(config, POSE_FRAME), config, CAMERA, {"sigma": {"t_m": 0.1, "r_deg": 2.0}})
+    net = build_aprnet(config, POSE_FRAME)
+    with torch.no_grad():
+        net.head.spread[2].weight.normal_(generator=torch.Generator().manual_seed(1))
+    return PoseRegressor(net, config, CAMERA, {"calibration": CALIBRATION} if metrics is None else metrics, errors)
 
 
-def test_map_comes_back_bit_by_bit(tmp_path: Path) -> None:
-    original = scene_map()
+def image(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 255, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("branch", ["position", "features", "nerf"])
+def test_map_comes_back_bit_by_bit(branch: str, tmp_path: Path) -> None:
+    original = scene_map(pose_branch=branch)
     original.save(tmp_path / "a.map")
     loaded = SceneMap.load(tmp_path / "a.map")
     assert loaded.camera == original.camera and loaded.pose_frame == original.pose_frame
     assert loaded.nerfp.config == original.nerfp.config and loaded.renderer.near == original.renderer.near
     for ours, theirs in zip(loaded._tensors().items(), original._tensors().items(), strict=True):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
+    c2w = torch.eye(4)[None]
+    maps = [render_posemaps(m.renderer, m.nerfp, c2w, CAMERA) for m in (original, loaded)]
+    assert torch.equal(*maps) and maps[0].shape[1] == original.nerfp.config.posemap_channels
+    assert loaded.decoder(maps[1]).shape == (1, 12)
 
 
 def test_map_with_an_unknown_backbone_is_refused(tmp_path: Path) -> None:
@@ -50,14 +77,51 @@ def test_map_with_an_unknown_backbone_is_refused(tmp_path: Path) -> None:
         SceneMap.load(tmp_path / "a.map", "referense")
 
 
-def test_localizer_comes_back_and_answers_the_same(tmp_path: Path) -> None:
-    original = regressor()
+@pytest.mark.parametrize("errors", [error_model(), None], ids=["model", "none"])
+def test_localizer_comes_back_and_answers_the_same(tmp_path: Path, errors: ErrorModel | None) -> None:
+    original = regressor(errors=errors)
     original.save(tmp_path / "a.pmnet", "tiny")
     loaded = PoseRegressor.load(tmp_path / "a.pmnet")
-    image = torch.randint(0, 255, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    answer = loaded.localize(image)
-    assert torch.equal(answer.c2w, original.localize(image).c2w)
-    assert (answer.sigma_t_m, answer.sigma_r_deg) == (0.1, 2.0) and answer.ms > 0
+    answer, before = loaded.localize(image()), original.localize(image())
+    assert torch.equal(answer.c2w, before.c2w)
+    assert (answer.sigma_t_m, answer.sigma_r_deg) == (before.sigma_t_m, before.sigma_r_deg) and answer.ms > 0
+    assert (answer.sigma_t_m is None) == (errors is None)
+
+
+def test_sigma_is_the_error_models_for_this_image_times_the_factor_of_the_68_percent_level() -> None:
+    found = regressor(errors=error_model())
+    with torch.no_grad():
+        output = found.net(image().permute(2, 0, 1)[None] / 255)
+    t, r = found.errors.sigma(output.c2w, output.log_sigma)[0].tolist()
+    answer = found.localize(image())
+    assert (answer.sigma_t_m, answer.sigma_r_deg) == pytest.approx((2.0 * t, 0.5 * r), rel=1e-3)
+    other = found.localize(image(1))
+    assert other.sigma_t_m != answer.sigma_t_m and other.sigma_r_deg != answer.sigma_r_deg
+
+
+@pytest.mark.parametrize(
+    ("metrics", "errors"),
+    [
+        ({}, error_model()),
+        ({"calibration": CALIBRATION}, None),
+        pytest.param(
+            {"calibration": Calibration({}, {}, 0).to_dict()},
+            error_model(),
+            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="an empty calibration is taken for one"),
+        ),
+    ],
+    ids=["no calibration", "no model", "calibrated on no view"],
+)
+def test_without_a_model_or_a_calibration_there_is_no_sigma(metrics, errors) -> None:
+    answer = regressor(metrics, errors).localize(image())
+    assert answer.sigma_t_m is None and answer.sigma_r_deg is None
+    assert answer.to_dict("a")["sigma_t_m"] is None
+
+
+def test_the_level_of_sigma_is_one_that_calibration_gives() -> None:
+    calibration = calibrate(torch.rand(30), torch.rand(30), torch.rand(30, 2) + 0.1)
+    metrics = {"calibration": json.loads(json.dumps(calibration.to_dict()))}
+    assert regressor(metrics, error_model()).localize(image()).sigma_t_m is not None
 
 
 @pytest.mark.parametrize(
@@ -74,8 +138,8 @@ def test_file_of_another_version_is_refused(magic: bytes, load, kind: str, tmp_p
 
 def test_image_of_another_size_is_resized_to_the_camera(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), np.full((96, 128, 3), (255, 0, 0), dtype=np.uint8))
-    image = read_image(tmp_path / "a.png", CAMERA)
-    assert image.shape == (48, 64, 3) and image[0, 0].tolist() == [0, 0, 255]  # RGB
+    pixels = read_image(tmp_path / "a.png", CAMERA)
+    assert pixels.shape == (48, 64, 3) and pixels[0, 0].tolist() == [0, 0, 255]  # RGB
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,14 @@ class _Factories(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """Catches `torch.tensor(numbers, device=...)`, which reaches no dispatcher."""
+    """Catches `torch.tensor(numbers, device=...)` and `x.new_tensor(numbers)`, which reach no dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.tensor and _is_pretended(kwargs.get("device")):
             return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if func is torch.Tensor.new_tensor and isinstance(args[0], Pretended):
+            return torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": "cpu"}).to(DEVICE)
         return func(*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -42,8 +43,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             pytest.skip("no GPU")
         yield torch.device("cuda")
         return
-    # The fused optimizers know real devices only.
+    # The fused optimizers and mixed precision know real devices only.
     monkeypatch.setattr(torch.optim, "Adam", _without_fused(torch.optim.Adam))
+    monkeypatch.setattr(torch, "autocast", _no_autocast)
     with ops.use_backend("reference"), pretended_device() as found:
         yield found
 
@@ -54,6 +56,12 @@ def _without_fused(adam: type) -> object:
         return adam(*arguments, **(options | {"fused": False, "foreach": False}))
 
     return make
+
+
+@contextlib.contextmanager
+def _no_autocast(device: str, dtype: torch.dtype, enabled: bool) -> Iterator[None]:
+    assert not enabled
+    yield
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -77,16 +76,7 @@ def room() -> tuple[TrainingViews, torch.Tensor, torch.Tensor]:
     return TrainingViews.of((painted * 255).round().byte(), poses, CAMERA), clean, mask
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Work this small is faster alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_what_single_images_show_stays_out_of_the_static_scene(room, one_thread) -> None:
+def test_what_single_images_show_stays_out_of_the_static_scene(room) -> None:
     views, clean, mask = room
     held_out = perturb_poses(views.c2w[:6], 0.1, 5.0, torch.Generator().manual_seed(8))
     new_psnr, painted_psnr = {}, {}

@@ -1,0 +1,367 @@
+"""`posemap ablate` on a miniature of the scene `room`: what is shared, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from posemap_fast import ablation
+from posemap_fast.ablation import Ablation, AblationRow, RowResult, load_ablation, summarize_rows
+from posemap_fast.cli import main
+from posemap_fast.commands import ablate as command
+from posemap_fast.errors import ConfigError
+from posemap_fast.resources import resource_dir
+from posemap_fast.train import APRStage, random_views
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT = """\
+title: a miniature
+preset: smoke
+set:
+  - data.room_train=12
+  - data.room_test=4
+  - data.room_width=32
+  - data.network_side=0
+  - network.input_size=[24, 32]
+  - field.log2_hashmap_size=10
+  - render.steps_per_unit=48
+  - render.occupancy.resolution=16
+  - nerf.steps=10
+  - nerf.samples_per_step=1024
+  - posemap.steps=3
+  - apr.steps=4
+  - apr.batch=2
+  - apr.rvs_batch=2
+  - apr.validate_every=2
+  - align.steps=1
+  - align.image_pose.steps=2
+  - checkpoint_every_s=0
+  - threads=1
+reference: full
+outliers: 2
+rows:
+  full: {}
+  no posemap: {set: [apr.weights.posemap=0, apr.weights.rvs_posemap=0], note: neither L_posemap}
+  fewer views: {set: [apr.rvs_batch=1]}
+  of features: {set: [field.pose_branch=features]}
+  with stage 4: {align: transductive}
+"""
+BASELINES = ["mean training pose", "nearest training view"]
+
+
+@dataclasses.dataclass
+class Finished:
+    """Two rows of one seed, made by one call."""
+
+    file: Path
+    out: Path
+    printed: str
+    n_renders: int
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_thread) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("ablation")
+    file, out = folder / "mini.yaml", folder / "out"
+    file.write_text(TEXT)
+    renders: list[object] = []
+    original = random_views.render_views
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_views, "render_views", lambda *a, **o: renders.append(a) or original(*a, **o))
+        words = [str(file), "--out", str(out), "--rows", "full,no posemap", "--quiet"]
+        assert main(["ablate", *words]) == 0
+    yield Finished(file, out, (out / "results.json").read_text(), len(renders))
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    """The finished folder, to be changed."""
+    return shutil.copytree(finished.out, tmp_path / "out")
+
+
+def ablate(finished: Finished, out: Path, rows: str, *extra: str) -> int:
+    return main(["ablate", str(finished.file), "--out", str(out), "--rows", rows, "--quiet", *extra])
+
+
+def stored(out: Path, row: str) -> dict:
+    return json.loads((out / "room" / "seed0" / "rows" / f"{row}.json").read_text())
+
+
+def errors_of(out: Path, row: str, file: str | None = None) -> tuple[list[float], list[float]]:
+    entry = next(e for e in stored(out, file or row.replace(" ", "_"))["results"] if e["row"] == row)
+    return entry["t_err"], entry["r_err_deg"]
+
+
+def failure(capsys, *words: str) -> str:
+    """The one line that a refused call prints."""
+    assert main(["ablate", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_results_hold_the_rows_and_the_baselines(finished: Finished) -> None:
+    report = json.loads(finished.printed)
+    assert [row["row"] for row in report["rows"]] == [*BASELINES, "full", "no posemap"]
+    for row in report["rows"]:
+        assert row["n_seeds"] == 1 and row["spread_t"] == 0 and row["median_t"] > 0
+        assert row["outlier_t"] > 0 and row["metric"]
+    full = report["rows"][2]
+    assert full["ratio_t"] == full["ratio_r"] == 1 and full["seconds"] > 0
+    t_err, _ = errors_of(finished.out, "full")
+    assert len(t_err) == 4 and sum(sorted(t_err)[1:3]) / 2 == pytest.approx(full["median_t"])
+    assert errors_of(finished.out, "full") != errors_of(finished.out, "no posemap")
+
+
+def test_rows_share_the_map_and_the_random_views(finished: Finished) -> None:
+    maps = list((finished.out / "room" / "seed0" / "maps").iterdir())
+    assert [found.name for found in maps] == [stored(finished.out, "full")["map"]]
+    assert stored(finished.out, "no_posemap")["map"] == maps[0].name
+    assert len(list((maps[0] / "views").iterdir())) == 1
+    assert finished.n_renders == 4  # one per step, by the first of the two networks
+
+
+def test_second_call_trains_nothing_and_prints_the_same(finished: Finished, copy: Path, capsys, monkeypatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a finished row needs no scene")
+
+    monkeypatch.setattr(ablation, "read_scene", forbidden)
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name != "results.json"}
+    for _ in range(2):
+        assert ablate(finished, copy, "full,no posemap") == 0
+    first, second = capsys.readouterr().out.split("results: ")[:2]
+    table = [line for line in first.splitlines() if "│" in line]
+    assert table == [line for line in second.splitlines() if "│" in line] and len(table) == 4
+    assert [name in line for name, line in zip([*BASELINES, "full", "no posemap"], table, strict=True)] == [True] * 4
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert (copy / "results.json").read_text() == finished.printed
+
+
+def test_a_row_with_another_field_has_a_map_of_its_own(finished: Finished, copy: Path) -> None:
+    assert ablate(finished, copy, "of features") == 0
+    assert stored(copy, "of_features")["map"] != stored(copy, "full")["map"]
+    assert len(list((copy / "room" / "seed0" / "maps").iterdir())) == 2
+
+
+def test_stage_4_goes_on_from_the_network_of_another_row(finished: Finished, copy: Path, monkeypatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("this network is there")
+
+    monkeypatch.setattr(APRStage, "step", forbidden)
+    assert ablate(finished, copy, "with stage 4") == 0
+    assert errors_of(copy, "with stage 4") == errors_of(copy, "full")
+    t_err, _ = errors_of(copy, "with stage 4, aligned", "with_stage_4")
+    assert len(t_err) == 4
+
+
+@pytest.mark.xfail(strict=True, reason="the views of the row that came first are taken for this row's")
+def test_a_row_with_other_random_views_is_the_same_in_company(finished: Finished, copy: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(copy, tmp_path / "alone")
+    assert ablate(finished, alone, "fewer views") == 0
+    (copy / "room" / "seed0" / "rows" / "full.json").unlink()
+    assert ablate(finished, copy, "full,fewer views") == 0
+    assert errors_of(copy, "full") == errors_of(finished.out, "full")
+    assert errors_of(copy, "fewer views") == errors_of(alone, "fewer views")
+
+
+def test_an_interrupted_row_goes_on_where_it_was(finished: Finished, copy: Path, capsys, monkeypatch) -> None:
+    seed = copy / "room" / "seed0"
+    (seed / "rows" / "no_posemap.json").unlink()
+    shutil.rmtree(seed / "networks")
+    original, done = APRStage.step, []
+
+    def step(self: APRStage, k: int) -> dict[str, float]:
+        if k == 2 and len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(k)
+        return original(self, k)
+
+    monkeypatch.setattr(APRStage, "step", step)
+    assert ablate(finished, copy, "no posemap") == 130
+    assert done == [0, 1] and not (seed / "rows" / "no_posemap.json").exists()
+    done.append(-1)
+    assert ablate(finished, copy, "no posemap") == 0
+    assert done == [0, 1, -1, 2, 3]
+    assert errors_of(copy, "no posemap") == errors_of(finished.out, "no posemap")
+
+
+def test_another_seed_has_a_folder_of_its_own_and_joins_the_table(finished: Finished, copy: Path) -> None:
+    assert ablate(finished, copy, "full", "--seeds", "0,3") == 0
+    rows = {row["row"]: row for row in json.loads((copy / "results.json").read_text())["rows"]}
+    assert list(rows) == [*BASELINES, "full"] and all(row["n_seeds"] == 2 for row in rows.values())
+    assert rows["full"]["spread_t"] > 0 and (copy / "room" / "seed3" / "rows" / "full.json").is_file()
+
+
+def markdown_of(finished: Finished, tmp_path: Path, monkeypatch, *words: str) -> str:
+    """The file that the finished results are written to by this command line."""
+    entries = [RowResult(**entry) for entry in stored(finished.out, "no_posemap")["results"]]
+    monkeypatch.setattr(command, "run_ablation", lambda *_, **__: entries)
+    arguments = ["ablate", str(finished.file), "--markdown", str(tmp_path / "table.md"), "--quiet", *words]
+    if not any(word.startswith("--out") for word in words):
+        arguments += ["--out", str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", ["posemap", *arguments])
+    assert main(arguments) == 0
+    return (tmp_path / "table.md").read_text()
+
+
+def test_markdown_says_how_it_was_made_and_not_where(finished: Finished, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "git_commit", lambda: "abc123-dirty")
+    text = markdown_of(finished, tmp_path, monkeypatch, "--rows", "full,no posemap")
+    shown = "- command: `posemap ablate mini.yaml --markdown table.md --quiet --rows 'full,no posemap' --out other`"
+    assert shown in text.splitlines()
+    assert "- commit abc123-dirty, torch " in text and "- no posemap: neither L_posemap" in text.splitlines()
+    assert str(tmp_path) not in text and str(finished.file.parent) not in text
+    head = "| row | median t | median r (deg) | ratio t | ratio r | seconds | seeds | mean of the 2 farthest |"
+    table = text.splitlines()[text.splitlines().index(head) :]
+    assert table[1] == "|---|---|---|---|---|---|---|---|" and len(table) == 2 + 3
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in [*BASELINES, "no posemap"]]
+
+
+@pytest.mark.xfail(strict=True, reason="only arguments that begin with a slash are shortened")
+@pytest.mark.parametrize("word", ["--scene=kitchen={}", "--out={}"])
+def test_markdown_names_no_folder_behind_an_equals_sign(finished, tmp_path, monkeypatch, word: str) -> None:
+    text = markdown_of(finished, tmp_path, monkeypatch, word.format(tmp_path))
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.xfail(strict=True, reason="they are taken relative to the working directory")
+def test_scenes_of_the_file_are_relative_to_it(finished: Finished, tmp_path: Path, monkeypatch, capsys) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(command, "run_ablation", lambda _, scenes, *__, **___: given.append(scenes) or [])
+    (tmp_path / "kitchen").mkdir()
+    (tmp_path / "a.yaml").write_text("scenes: [kitchen]\nrows: {full: {}}")
+    main(["ablate", str(tmp_path / "a.yaml"), "--out", str(tmp_path / "out"), "--quiet"])
+    assert given == [{"kitchen": str(tmp_path / "kitchen")}]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "full,ful"], "no row 'ful' (rows: full, no posemap, fewer views"),
+        (["--seeds", "a"], "--seeds a: give whole numbers"),
+        (["--seeds", "1,1"], "--seeds 1,1: seeds must be different"),
+        (["--seeds", "-1"], "--seeds -1: seeds must be different and >= 0"),
+        (["--set", "apr.stepz=3"], "--set apr.stepz=3: apr: unknown key 'stepz'; did you mean 'steps'"),
+        (["--set", "apr.ema=2"], "--set apr.ema=2: apr: ema must be in [0, 1)"),
+        (["--scene", "no/such/folder"], "no such file or folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_nothing_is_written(finished, tmp_path, capsys, words, message) -> None:
+    error = failure(capsys, str(finished.file), "--out", str(tmp_path / "out"), "--quiet", *words)
+    assert message in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: x", "a.yaml: ablation: rows must name at least one row"),
+        ("rows: {a: {sett: []}}", "a.yaml: rows.a: unknown key 'sett'; did you mean 'set'"),
+        ("rows: {a: {align: yes}}", "a.yaml: rows.a.align: must be one of"),
+        ("rows: {a: }", "a.yaml: rows.a: must be a section"),
+        ("rows: [a, b]", "a.yaml: rows: must be a section of `name: ...`"),
+        ("rows: {a: {}}\nreference: b", "a.yaml: ablation: reference 'b' is no row (rows: a)"),
+        ("rows: {a: {}, b: {set: [apr.ema=2]}}", "a.yaml: row 'b': --set apr.ema=2: apr: ema must be in [0, 1)"),
+        ("rows: {a: {}}\nset: [apr.x=0]", "a.yaml: row 'a': --set apr.x=0: apr: unknown key 'x'"),
+        ("rows: {a: {}}\npreset: fast", "a.yaml: row 'a': --preset fast: unknown preset"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_its_row(tmp_path: Path, capsys, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    assert message in failure(capsys, str(tmp_path / "a.yaml"), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_no_file_lists_those_that_come_with_the_package(capsys) -> None:
+    error = failure(capsys, "lossess")
+    assert "lossess: no such file" in error and "losses" in error.split("known: ")[1]
+
+
+@pytest.mark.parametrize("path", sorted((resource_dir("configs") / "ablations").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_ablation_of_the_package_can_be_read(path: Path) -> None:
+    found = load_ablation(path)
+    assert found.title and found.reference_row in found.rows
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "key"),
+    [
+        ("full", ["--set", "apr.lr=0.5"], "config"),
+        ("full", ["--set", "nerf.steps=11"], "config"),
+        ("with stage 4", [], "align"),
+    ],
+)
+def test_results_made_otherwise_are_refused_and_kept(finished, copy: Path, capsys, row, words, key) -> None:
+    file = copy / "room" / "seed0" / "rows" / f"{row.replace(' ', '_')}.json"
+    if row != "full":
+        shutil.copy(copy / "room" / "seed0" / "rows" / "full.json", file)
+    before = file.read_text()
+    error = failure(capsys, str(finished.file), "--out", str(copy), "--rows", row, "--quiet", *words)
+    assert f"{file}: was made with another {key}; choose another --out" in error
+    assert file.read_text() == before
+
+
+def test_results_of_another_scene_are_refused(finished: Finished, copy: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "capture").mkdir()
+    words = ["--scene", f"room={tmp_path / 'capture'}", "--rows", "full", "--quiet"]
+    error = failure(capsys, str(finished.file), "--out", str(copy), *words)
+    assert "full.json: was made with another identity" in error
+
+
+@pytest.mark.xfail(strict=True, reason="a map's folder does not tell of its scene")
+def test_a_new_row_does_not_take_the_map_of_another_scene(finished, copy: Path, tmp_path, monkeypatch) -> None:
+    (tmp_path / "capture").mkdir()
+    original = ablation.read_scene
+    monkeypatch.setattr(ablation, "read_scene", lambda _, data: original("room", data))
+    assert ablate(finished, copy, "with stage 4", "--scene", f"room={tmp_path / 'capture'}") == 0
+    assert stored(copy, "with_stage_4")["map"] != stored(copy, "full")["map"]
+
+
+def test_a_damaged_row_is_named(finished: Finished, copy: Path, capsys) -> None:
+    file = copy / "room" / "seed0" / "rows" / "full.json"
+    file.write_text(file.read_text()[:100])
+    error = failure(capsys, str(finished.file), "--out", str(copy), "--rows", "full", "--quiet")
+    assert f"{file}: not JSON; remove it" in error
+
+
+def result(row: str, seed: int, t: list[float], r: list[float], seconds: float = 0.0, scene: str = "a") -> RowResult:
+    return RowResult(row, scene, seed, t, r, [2, 0, 1], seconds, True)
+
+
+def test_summary_by_hand() -> None:
+    results = [
+        result("mean", 0, [9, 9, 9], [90, 90, 90]),
+        result("base", 0, [1, 2, 30], [1, 1, 7], 10),
+        result("mean", 0, [9, 9, 9], [90, 90, 90]),  # a baseline comes with every row
+        result("new", 0, [1, 1, 9], [4, 2, 2], 20),
+        result("base", 1, [4, 4, 4], [3, 3, 3], 14),
+        result("new", 1, [2, 2, 2], [2, 2, 2], 22),
+        result("base", 2, [3, 3, 3], [2, 2, 2], 12),
+        result("base", 0, [8, 8, 8], [8, 8, 8], scene="b"),
+    ]
+    rows = {(row["scene"], row["row"]): row for row in summarize_rows(results, "base", outliers=2)}
+    assert list(rows) == [("a", "mean"), ("a", "base"), ("a", "new"), ("b", "base")]
+    base, new = rows["a", "base"], rows["a", "new"]
+    assert (base["n_seeds"], base["median_t"], base["spread_t"], base["seconds"]) == (3, 3, 1, 12)  # of 2, 4, 3
+    assert (base["median_r_deg"], base["spread_r_deg"]) == (2, 1)  # of 1, 3, 2
+    assert (new["n_seeds"], new["median_t"], new["ratio_t"]) == (2, 1.5, 0.5)
+    assert new["ratio_r"] == 1 and rows["a", "mean"]["ratio_t"] == 3 and rows["b", "base"]["ratio_t"] == 1
+    assert (base["outlier_t"], base["outlier_r_deg"]) == (4, 3)  # means of views 2 and 0: 15.5, 4, 3 and 4, 3, 2
+    assert "outlier_t" not in next(iter(summarize_rows(results, "base")))
+
+
+def test_without_the_reference_among_the_results_ratios_are_one() -> None:
+    (row,) = summarize_rows([result("new", 0, [2], [4])], "base")
+    assert (row["ratio_t"], row["ratio_r"]) == (1, 1)
+
+
+def test_the_first_row_is_the_reference_unless_one_is_named() -> None:
+    rows = {"b": AblationRow(), "a": AblationRow()}
+    assert Ablation(rows=rows).reference_row == "b" and Ablation(rows=rows, reference="a").reference_row == "a"
+    with pytest.raises(ConfigError, match="at least one row"):
+        Ablation()
