@@ -97,11 +97,12 @@ class PoseRegressor:
 
     def _sigma(self, output: APROutput) -> tuple[float | None, float | None]:
         """Calibrated expected errors of the first answer, in world units and degrees."""
-        factors = self.metrics.get("calibration", {})
-        if self.errors is None or not factors:
+        calibration = self.metrics.get("calibration", {})
+        factors = [calibration.get(key, {}).get(_SIGMA_LEVEL) for key in ("t", "r")]
+        if self.errors is None or None in factors:
             return None, None
         t, r = self.errors.sigma(output.c2w[:1], output.log_sigma[:1])[0].tolist()
-        return t * factors["t"][_SIGMA_LEVEL], r * factors["r"][_SIGMA_LEVEL]
+        return t * factors[0], r * factors[1]
 
     def save(self, path: str | Path, scene: str) -> None:
         """Write network, camera, frame, configuration and metrics atomically, with a checksum."""

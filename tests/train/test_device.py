@@ -59,7 +59,7 @@ def _without_fused(adam: type) -> object:
 
 
 @contextlib.contextmanager
-def _no_autocast(device: str, dtype: torch.dtype, enabled: bool) -> Iterator[None]:
+def _no_autocast(device: str, dtype: torch.dtype | None = None, enabled: bool = True) -> Iterator[None]:
     assert not enabled
     yield
 
