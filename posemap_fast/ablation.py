@@ -168,6 +168,9 @@ class _SceneRunner:
     def _train_row(self, name: str, row: AblationRow, config: ExperimentConfig) -> dict[str, Any]:
         key, stages, scene_map, online = self._map(config)
         stages.config = config
+        apr = config.apr
+        views = _digest([to_dict(config.rvs), apr.rvs_batch, apr.render_scale, apr.steps, config.data.network_side])
+        online.bank = self.folder / "maps" / key / "views" / views
         network = _digest([key, to_dict(config.apr), to_dict(config.network)])
         stages.folder = self.folder / "networks" / network  # rows that differ in their alignment only share it
         net = stages.network("apr", config.apr, online, scene_map.pose_frame)
@@ -175,6 +178,7 @@ class _SceneRunner:
         if row.align:
             stages.config = dataclasses.replace(config, protocol=row.align)
             stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
+            stages.seconds.pop("align", None)
             aligned = stages.align(net, online)
             entries.append(self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0)))
         extra = {"map": key, "map_seconds": {k: round(v, 1) for k, v in stages.seconds.items() if k in _MAP_PARTS}}
@@ -182,20 +186,17 @@ class _SceneRunner:
 
     def _map(self, config: ExperimentConfig) -> tuple[str, SceneStages, SceneMap, OnlineMap]:
         """The map that this configuration asks for: kept, read, or trained."""
-        key = _digest(map_part(config))
+        scene = read_scene(self.identity, config.data)
+        key = _digest([scene.fingerprint, map_part(config)])
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded
         folder = self.folder / "maps" / key
         log = MetricsLog(folder / "metrics.jsonl")
-        scene = read_scene(self.identity, config.data)
         stages = SceneStages(scene, config, self.seed, folder, log, self.meter)
         scene_map, _ = stages.field(stages.frame())
         sampler = stages.sampler(scene_map)
         stages.pose_branch(scene_map, sampler)
         online = stages.online_map(scene_map, sampler)
-        apr = config.apr
-        views = _digest([to_dict(config.rvs), apr.rvs_batch, apr.render_scale, apr.steps, config.data.network_side])
-        online.bank = folder / "views" / views
         self._loaded = (key, stages, scene_map, online)
         return self._loaded
 

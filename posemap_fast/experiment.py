@@ -36,6 +36,13 @@ class DataConfig:
     room_test: int = 40  # test views of the scene `room`
     room_width: int = 160  # px; the height is three quarters of it
 
+    def __post_init__(self) -> None:
+        if self.unlabelled_every == 1 or self.unlabelled_every < 0:
+            raise ConfigError(
+                f"data: unlabelled_every must be 0 (off) or at least 2, or nothing would be scored; "
+                f"got {self.unlabelled_every}"
+            )
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:

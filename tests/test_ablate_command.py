@@ -169,7 +169,6 @@ def test_a_row_with_other_random_views_is_the_same_in_company(finished: Finished
     assert errors_of(copy, "fewer views") == errors_of(alone, "fewer views")
 
 
-@pytest.mark.xfail(strict=True, reason="the row writes over the views of the one that loaded the map")
 def test_rows_with_other_random_views_keep_theirs_apart(finished: Finished, copy: Path) -> None:
     (copy / "room" / "seed0" / "rows" / "full.json").unlink()
     assert ablate(finished, copy, "full,fewer views") == 0
@@ -230,14 +229,12 @@ def test_markdown_says_how_it_was_made_and_not_where(finished: Finished, tmp_pat
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in [*BASELINES, "no posemap"]]
 
 
-@pytest.mark.xfail(strict=True, reason="only arguments that begin with a slash are shortened")
 @pytest.mark.parametrize("word", ["--scene=kitchen={}", "--out={}"])
 def test_markdown_names_no_folder_behind_an_equals_sign(finished, tmp_path, monkeypatch, word: str) -> None:
     text = markdown_of(finished, tmp_path, monkeypatch, word.format(tmp_path))
     assert str(tmp_path) not in text
 
 
-@pytest.mark.xfail(strict=True, reason="they are taken relative to the working directory")
 def test_scenes_of_the_file_are_relative_to_it(finished: Finished, tmp_path: Path, monkeypatch, capsys) -> None:
     given: list[dict[str, str]] = []
     monkeypatch.setattr(command, "run_ablation", lambda _, scenes, *__, **___: given.append(scenes) or [])
@@ -320,11 +317,13 @@ def test_results_of_another_scene_are_refused(finished: Finished, copy: Path, tm
     assert "full.json: was made with another identity" in error
 
 
-@pytest.mark.xfail(strict=True, reason="a map's folder does not tell of its scene")
 def test_a_new_row_does_not_take_the_map_of_another_scene(finished, copy: Path, tmp_path, monkeypatch) -> None:
     (tmp_path / "capture").mkdir()
     original = ablation.read_scene
-    monkeypatch.setattr(ablation, "read_scene", lambda _, data: original("room", data))
+    other = "another capture"
+    monkeypatch.setattr(
+        ablation, "read_scene", lambda _, data: dataclasses.replace(original("room", data), fingerprint=other)
+    )
     assert ablate(finished, copy, "with stage 4", "--scene", f"room={tmp_path / 'capture'}") == 0
     assert stored(copy, "with_stage_4")["map"] != stored(copy, "full")["map"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,9 @@ examples:
   posemap ablate mine.yaml --set apr.steps=300 --markdown table.md"""
 
 
+_FOLDERS = re.compile(r"(?<![^=])(?:~|\.\.|(?=/))[^=]*/")  # of a path that begins an argument or follows a `=`
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="ablation file, or the name of one in configs/ablations")
     parser.add_argument(
@@ -66,7 +70,11 @@ def ablate(options: argparse.Namespace) -> int:
     path = _config_file(options.config)
     ablation = load_ablation(path)
     seeds = _seeds(options.seeds)
-    scenes = dict(_named_scene(text) for text in options.scene or ablation.scenes)
+    named = [_named_scene(text) for text in options.scene]
+    named = named or [_named_scene(text, path.resolve().parent) for text in ablation.scenes]
+    scenes = dict(named)
+    if len(scenes) < len(named):
+        raise ConfigError(f"scenes: two have the same name ({', '.join(name for name, _ in named)}); give NAME=PATH")
     out = (options.out or Path("runs") / f"ablate_{path.stem}").expanduser().resolve()
     rows = [row.strip() for row in (options.rows or "").split(",") if row.strip()]
     meter = make_progress(options.quiet)
@@ -102,12 +110,12 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _named_scene(text: str) -> tuple[str, str]:
-    """(short name, `room` or absolute path)."""
+def _named_scene(text: str, folder: Path = Path()) -> tuple[str, str]:
+    """(short name, `room` or absolute path); a path is relative to `folder`."""
     if text == "room":
         return text, text
     name, _, given = text.rpartition("=")
-    path = Path(given).expanduser().resolve()
+    path = (folder / Path(given).expanduser()).resolve()
     if not path.exists():
         raise DatasetError(f"--scene {text}: no such file or folder; give `room`, a capture, or NAME=capture")
     return name or (path.parent.name if path.is_file() else path.name), str(path)
@@ -167,7 +175,7 @@ def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequen
 
 def _shown_arguments() -> list[str]:
     """The command line, without the folders of this machine."""
-    return [argument.rsplit("/", 1)[-1] if argument.startswith(("/", "..")) else argument for argument in sys.argv[1:]]
+    return [_FOLDERS.sub("", argument) for argument in sys.argv[1:]]
 
 
 COMMANDS.register("ablate")(Command("rows x scenes x seeds, one table", _DESCRIPTION, _EXAMPLE, _add_arguments, ablate))

@@ -14,6 +14,7 @@ from posemap_fast.commands.base import COMMANDS, Command
 from posemap_fast.errors import ConfigError
 from posemap_fast.eval import read_trajectory
 from posemap_fast.eval.basin import BASIN_STARTS, draw_basin, measure_basin
+from posemap_fast.eval.top_down import check_picture
 from posemap_fast.files import write_text
 from posemap_fast.localize import SceneMap
 from posemap_fast.progress import make_progress
@@ -59,6 +60,10 @@ def _starts(texts: list[str] | None) -> list[tuple[float, float]]:
 
 def basin(options: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
+    if not options.run.exists():
+        raise ConfigError(f"{options.run}: no such run directory or map")
+    if options.picture:
+        check_picture(options.picture)
     is_run = options.run.is_dir()
     poses = options.poses or (options.run / "poses_test_gt.txt" if is_run else None)
     if poses is None:

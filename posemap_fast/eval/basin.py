@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from posemap_fast.errors import ConfigError
 from posemap_fast.eval.metrics import pose_errors
+from posemap_fast.eval.top_down import check_picture
 from posemap_fast.files import atomic_path
 from posemap_fast.geometry import Camera, make_c2w, move_poses, so3_exp
 from posemap_fast.losses import posemap_cosine, posemap_l2
@@ -137,8 +138,12 @@ def measure_basin(
 
 
 def draw_basin(path: str | Path, rows: Sequence[BasinRow], unit: str = "m") -> None:
-    """Picture of start and end errors, one column per start; the suffix of `path` decides the format."""
-    path = Path(path)
+    """Picture of start and end errors, one column per start; the suffix of `path` decides the format.
+
+    Raises:
+        ConfigError: a suffix that is no picture's.
+    """
+    path = check_picture(path)
     spread = torch.from_numpy(uniform(step_generator(0, "draw basin"), 10_000, device=torch.device("cpu")).numpy())
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.color": "#e6e8eb"}):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -157,4 +162,4 @@ def draw_basin(path: str | Path, rows: Sequence[BasinRow], unit: str = "m") -> N
             axes.set_xticks(range(len(rows)), labels)
         figure.suptitle("Walks down the PoseMap loss: start (bar), end (blue: came home, red: did not)")
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
+            figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=120)

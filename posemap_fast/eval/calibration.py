@@ -91,8 +91,8 @@ def reliability(errors: torch.Tensor, sigma: torch.Tensor, factors: Mapping[floa
 
 
 def _check(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> None:
-    n = len(t_err)
-    if t_err.shape != (n,) or r_err.shape != (n,) or sigma.shape != (n, 2):
+    shape = sigma.shape[:1]
+    if sigma.dim() != 2 or sigma.shape[1] != 2 or t_err.shape != shape or r_err.shape != shape:
         raise ShapeError(
             f"calibrate: needs errors (n,) twice and sigma (n, 2); got {tuple(t_err.shape)}, {tuple(r_err.shape)} "
             f"and {tuple(sigma.shape)}"

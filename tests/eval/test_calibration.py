@@ -110,3 +110,8 @@ def test_errors_and_sigma_that_do_not_fit_are_refused(t_err, r_err, sigma) -> No
 def test_reliability_needs_one_sigma_per_error(errors, sigma) -> None:
     with pytest.raises(ShapeError, match=r"both be \(n,\), n >= 1"):
         reliability(torch.ones(errors), torch.ones(sigma), {0.5: 1.0})
+
+
+def test_single_numbers_are_refused() -> None:
+    with pytest.raises(ShapeError, match="errors"):
+        calibrate(torch.tensor(1.0), torch.tensor(1.0), torch.ones(1, 2))

@@ -1,0 +1,183 @@
+"""Alignment by distillation: poses from pictures, what the network learns from them, and the guard."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from posemap_fast.apr import APRConfig, APRNet, PoseFrame, build_aprnet
+from posemap_fast.errors import ConfigError
+from posemap_fast.geometry import Camera, make_c2w, move_poses, rotation_angle_deg, so3_exp
+from posemap_fast.render import OccupancyConfig, RenderConfig, Renderer, render_views
+from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, TrainingViews
+from posemap_fast.train.image_pose import ImagePoseConfig, refine_poses
+from posemap_fast.train.selection import GuardedState, network_input
+
+
+class Features(NamedTuple):
+    x: torch.Tensor
+
+    def select(self, indices: torch.Tensor) -> Features:
+        return Features(self.x[indices])
+
+
+class PaintedRoom:
+    """A cube with opaque walls whose colour, and PoseMap, are smooth functions of the place."""
+
+    def __init__(self) -> None:
+        self.field = self
+
+    def grid_parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+    def appearance_code(self, histograms: torch.Tensor) -> None:
+        return None
+
+    def density(self, x: torch.Tensor) -> tuple[torch.Tensor, Features]:
+        depth = (x - 0.5).abs().amax(dim=1) - 0.42  # behind the wall
+        return 400 * torch.sigmoid(60 * depth), Features(x)
+
+    def rgb(self, features: Features, *view: torch.Tensor | None) -> torch.Tensor:
+        x = features.x
+        waves = torch.stack([(25 * x).sin().prod(dim=1), (31 * x + 1).cos().prod(dim=1), (40 * x).sin().mean(dim=1)])
+        return 0.5 + 0.5 * waves.T
+
+    def radiance(self, x: torch.Tensor, *view: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Features]:
+        sigmas, features = self.density(x)
+        return sigmas, self.rgb(features), features
+
+    def pose_hidden(self, x: torch.Tensor, features: Features) -> torch.Tensor:
+        return 4 * (x - 0.5)
+
+    def project(self, hidden: torch.Tensor, opacity: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+@pytest.fixture
+def camera() -> Camera:
+    return Camera(48, 36, 40.0, 40.0, 24.0, 18.0)
+
+
+@pytest.fixture
+def renderer(frame) -> Renderer:
+    config = RenderConfig(steps_per_unit=64, occupancy=OccupancyConfig(resolution=16))
+    return Renderer(config, frame, near=0.02)
+
+
+@pytest.fixture
+def truth() -> torch.Tensor:
+    """Five poses near the middle of the room, looking different ways."""
+    generator = torch.Generator().manual_seed(3)
+    return make_c2w(so3_exp(torch.randn(5, 3, generator=generator)), 0.4 * torch.randn(5, 3, generator=generator))
+
+
+@pytest.fixture
+def images(renderer, camera, truth) -> torch.Tensor:
+    """(5, 36, 48, 3) uint8 pictures of the room from there."""
+    view = render_views(renderer, PaintedRoom(), truth, camera, with_posemap=False)
+    return (view.rgb * 255).round().to(torch.uint8)
+
+
+def errors(found: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    distance = (found[:, :3, 3] - truth[:, :3, 3]).norm(dim=1)
+    return distance, rotation_angle_deg(found[:, :3, :3], truth[:, :3, :3])
+
+
+def displaced(truth: torch.Tensor) -> torch.Tensor:
+    """Moved by .1 m and turned by 3 deg."""
+    generator = torch.Generator().manual_seed(5)
+    turn, move = torch.randn(2, len(truth), 3, generator=generator)
+    turn, move = (v / v.norm(dim=1, keepdim=True) for v in (turn, move))
+    return move_poses(truth, math.radians(3) * turn, 0.1 * move)
+
+
+CONFIG = ImagePoseConfig(steps=80, rows=24, step_t=0.02, step_r_deg=0.5)
+
+
+def test_poses_come_back_to_where_the_pictures_were_taken(renderer, camera, truth, images) -> None:
+    start = displaced(truth)
+    found = refine_poses(renderer, PaintedRoom(), camera, network_input(images), None, start, 1.0, CONFIG)
+    distance, angle = errors(found.c2w, truth)
+    assert float(distance.median()) < 0.1 / 3 and float(angle.median()) < 3 / 3
+    assert bool((found.difference < found.difference_before).all())
+
+
+def test_exposure_does_not_count_and_images_do_not_influence_each_other(renderer, camera, truth, images) -> None:
+    start, pictures = displaced(truth), network_input(images)
+    together = refine_poses(renderer, PaintedRoom(), camera, pictures, None, start, 1.0, CONFIG)
+    dark = refine_poses(renderer, PaintedRoom(), camera, 0.6 * pictures[:1] + 0.1, None, start[:1], 1.0, CONFIG)
+    distance, angle = errors(dark.c2w, together.c2w[:1])
+    assert float(distance) < 0.01 and float(angle) < 0.3
+
+
+@pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 2}, {"blur_px": (1.0, 0.0)}])
+def test_bad_schedules_are_refused(values) -> None:
+    with pytest.raises(ConfigError, match="image pose"):
+        ImagePoseConfig(**values)
+
+
+def network(truth: torch.Tensor) -> APRNet:
+    return build_aprnet(APRConfig(input_size=(32, 32)), PoseFrame.from_poses(truth, 1.0), truth[0])
+
+
+def stage(renderer, camera, truth, images, **changes) -> DistilAlignStage:
+    views = TrainingViews.of(images, truth, camera)
+    online = OnlineMap(PaintedRoom(), renderer, None, None, 1.0)  # type: ignore[arg-type]
+    options = {"steps": 6, "batch": 2, "lr": 1e-3, "validate_every": 2, "guard": 10.0, "image_pose": CONFIG}
+    config = AlignConfig(**(options | changes))
+    found = DistilAlignStage(config, network(truth), online, images, camera, views, 0, views)
+    found.poses = displaced(truth)  # as a network that was trained would answer
+    return found
+
+
+def test_the_network_learns_poses_that_nobody_gave(renderer, camera, truth, images) -> None:
+    found = stage(renderer, camera, truth, images)
+    before = {name: value.clone() for name, value in found.net.state_dict().items()}
+    start, _ = errors(found.poses, truth)
+    for k in range(found.n_steps):
+        found.step(k)
+    end, _ = errors(found.poses, truth)
+    assert float(end.median()) < 0.3 * float(start.median()) and len(found.trusted()) >= 4
+    moved = {name for name, value in found.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("head.output") for name in moved) and not any("running" in name for name in moved)
+    assert found.best.state["step"] == found.n_steps
+
+
+def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, camera, truth, images) -> None:
+    found = stage(renderer, camera, truth, images, min_gain=1.1)
+    before = copy.deepcopy(found.net.state_dict())
+    for k in range(found.n_steps):
+        found.step(k)
+    assert all(torch.equal(value, before[name]) for name, value in found.net.state_dict().items())
+
+
+def test_an_interrupted_alignment_ends_like_one_that_was_not(renderer, camera, truth, images) -> None:
+    short = ImagePoseConfig(steps=4, rows=12)
+    whole = stage(renderer, camera, truth, images, image_pose=short)
+    for k in range(whole.n_steps):
+        whole.step(k)
+    for cut in (1, 4):  # in the first part, and in the second
+        first, second = (stage(renderer, camera, truth, images, image_pose=short) for _ in range(2))
+        for k in range(cut):
+            first.step(k)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for k in range(cut, whole.n_steps):
+            second.step(k)
+        ours, theirs = second.best.state["net"], whole.best.state["net"]
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_the_guard_keeps_the_last_state_that_is_not_much_worse(truth, images, camera, monkeypatch) -> None:
+    net, views = network(truth), TrainingViews.of(images, truth, camera)
+    scores = iter([1.0, 1.05, 0.9, 1.2])  # at the start, then at three looks
+    monkeypatch.setattr("posemap_fast.train.selection.validation_score", lambda *_: {"val_score": next(scores)})
+    state = GuardedState(net, views, every=1, n_steps=3, tolerance=0.1)
+    steps = []
+    for done in (1, 2, 3):
+        state.look(done)
+        steps.append(state.state["step"])
+    assert steps == [1, 2, 2]
