@@ -207,7 +207,7 @@ class SceneStages:
 
     def network(self, name: str, config: APRTrainConfig, online: OnlineMap, pose_frame: PoseFrame) -> APRNet:
         """Stage 3: a network trained with `config`, in the state chosen on validation; `name` is the stage's."""
-        net = self._new_network(pose_frame)
+        net = self._new_network(online, pose_frame)
         stage = APRStage(config, net, online, self.views["train"], self.views["val"], self.seed, name)
         self._train(stage)
         net.load_state_dict(stage.best.state["net"])
@@ -220,9 +220,15 @@ class SceneStages:
             return self.config.network
         return dataclasses.replace(self.config.network, input_size=_network_size(self.scene.camera, side))
 
-    def _new_network(self, pose_frame: PoseFrame) -> APRNet:
-        poses = self.scene.c2w[self.scene.views("train")]
-        return build_aprnet(self._network_config(), pose_frame, mean_pose(poses), seed=self.seed).to(self.device)
+    def _new_network(self, online: OnlineMap, pose_frame: PoseFrame) -> APRNet:
+        poses, cache, camera = self.scene.c2w[self.scene.views("train")], online.cache, self.scene.camera
+        channels, rows, cols = cache.posemaps.shape[1:]
+        config = dataclasses.replace(self._network_config(), posemap_channels=channels, posemap_cells=(rows, cols))
+        net = build_aprnet(config, pose_frame, mean_pose(poses), seed=self.seed, camera=camera).to(self.device)
+        if net.refiner is not None:
+            points = pose_frame.encode_points(cache.points)
+            net.refiner.fit_readout(cache.posemaps, points, cache.opacity, stream_seed(self.seed, "readout"))
+        return net
 
     def unseen_views(self, online: OnlineMap, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Poses (n, 4, 4) and images (n, height, width, 3) uint8 of random views that no network was trained on."""

@@ -8,6 +8,8 @@ from posemap_fast.apr.augment import AugmentConfig, augment_images
 from posemap_fast.apr.backbones import BACKBONES, Backbone, BackboneOutput
 from posemap_fast.apr.heads import HEADS, HeadOptions
 from posemap_fast.apr.pose_frame import PoseFrame
+from posemap_fast.apr.pose_solver import SolvedPose, solve_pose
+from posemap_fast.apr.posemap_refiner import PoseMapRefiner, RefinedPose
 
 __all__ = [
     "BACKBONES",
@@ -21,6 +23,10 @@ __all__ = [
     "BackboneOutput",
     "HeadOptions",
     "PoseFrame",
+    "PoseMapRefiner",
+    "RefinedPose",
+    "SolvedPose",
     "augment_images",
     "build_aprnet",
+    "solve_pose",
 ]

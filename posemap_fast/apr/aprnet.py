@@ -6,6 +6,7 @@ PoseMap (arXiv:2403.12800, section 3.3) with DFNet's network (arXiv:2204.00559):
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,8 +16,10 @@ from posemap_fast.apr.backbones import BACKBONES
 from posemap_fast.apr.features import FeatureBranch
 from posemap_fast.apr.heads import HEADS, HeadOptions
 from posemap_fast.apr.pose_frame import PoseFrame
+from posemap_fast.apr.posemap_refiner import PoseMapRefiner
 from posemap_fast.checks import expect_shape
 from posemap_fast.errors import ConfigError, ShapeError
+from posemap_fast.geometry import Camera
 from posemap_fast.seeding import stream_seed
 
 __all__ = ["APRConfig", "APRNet", "APROutput", "build_aprnet"]
@@ -31,6 +34,10 @@ class APRConfig:
     input_size: tuple[int, int] = (120, 160)  # height, width in px that images are resized to; paper: (240, 427)
     head: str = "grid_mlp"  # a name in HEADS; paper: gap_linear
     head_options: HeadOptions = field(default_factory=HeadOptions)
+    pose_from: Literal["head", "posemap"] = "head"  # posemap: solved for from the PoseMap of the image; paper: head
+    posemap_width: int = 128  # channels inside the branch that predicts PoseMaps
+    posemap_channels: int = 256  # of the map's PoseMaps; training fills it in, as the next
+    posemap_cells: tuple[int, int] = (0, 0)  # rows, columns of the map's PoseMaps
     feature_dim: int = 64  # channels of the feature maps; paper: 128
     feature_hidden: int = 32  # channels between the two convolutions; paper: 64
     feature_kernel: int = 3  # px, odd; paper: 5
@@ -57,15 +64,24 @@ class APROutput:
 
     Attributes:
         vector12: (B, 12) row-major [R | t] in the normalised pose frame, R not orthogonalised: the L_pose input.
+        head12: (B, 12) of the pose head alone, the start of the solver; `vector12` itself where there is none.
         c2w: (B, 4, 4) camera-to-world in world units, R the nearest rotation.
         log_sigma: (B, 2) logarithm of the expected errors, see `PoseHead.log_sigma`.
         features: (levels, B, feature_dim, *feature_size), shallow to deep; None unless asked for.
+        posemap: (B, posemap_channels, *posemap_cells) predicted from the image; None unless the pose comes from it.
     """
 
     vector12: torch.Tensor
+    head12: torch.Tensor
     c2w: torch.Tensor
     log_sigma: torch.Tensor
     features: torch.Tensor | None = None
+    posemap: torch.Tensor | None = None
+
+    @property
+    def pose_vectors(self) -> list[torch.Tensor]:
+        """Every (B, 12) that L_pose teaches: the pose, and the head's own where the pose is solved for from there."""
+        return [self.vector12] if self.posemap is None else [self.vector12, self.head12]
 
 
 class APRNet(nn.Module):
@@ -75,7 +91,9 @@ class APRNet(nn.Module):
     Everything is differentiable, in the images too (alignment sends gradients through rendered images).
     """
 
-    def __init__(self, config: APRConfig, pose_frame: PoseFrame, load_weights: bool = True) -> None:
+    def __init__(
+        self, config: APRConfig, pose_frame: PoseFrame, load_weights: bool = True, camera: Camera | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.pose_frame = pose_frame
@@ -89,6 +107,18 @@ class APRNet(nn.Module):
         self.feature_branch = FeatureBranch(
             self.backbone.tap_channels, config.feature_hidden, config.feature_dim, config.feature_kernel
         )
+        self.refiner: PoseMapRefiner | None = None
+        if config.pose_from == "posemap":
+            if camera is None:
+                raise ConfigError("network: pose_from=posemap needs the camera of the images")
+            self.refiner = PoseMapRefiner(
+                self.backbone.local_channels,
+                self.backbone.out_channels,
+                config.posemap_channels,
+                config.posemap_cells,
+                camera,
+                config.posemap_width,
+            )
         self._is_norm_frozen = False
 
     def forward(self, images: torch.Tensor, n_features: int = 0) -> APROutput:
@@ -102,18 +132,29 @@ class APRNet(nn.Module):
         """
         encoded = self.backbone(self.resized(images), with_taps=n_features > 0)
         summary = self.head.features(encoded.final)
-        vector12 = _at_least_float32(self.head.output(summary))
+        head12 = _at_least_float32(self.head.output(summary))
         features = None
         if n_features > 0:
             taps = [tap[:n_features] for tap in encoded.taps]
             features = self.feature_branch(taps, self.config.feature_size)
-        log_sigma = _at_least_float32(self.head.log_sigma(summary))
-        with torch.autocast(vector12.device.type, enabled=False):
-            c2w = self.pose_frame.decode(vector12)
-        return APROutput(vector12, c2w, log_sigma, features)
+        with torch.autocast(head12.device.type, enabled=False):
+            c2w = self.pose_frame.decode(head12)
+        if self.refiner is None:
+            log_sigma = _at_least_float32(self.head.log_sigma(summary))
+            return APROutput(head12, head12, c2w, log_sigma, features)
+        refined = self.refiner(encoded.local, encoded.final, head12, c2w[:, :3, :3])
+        c2w = self.pose_frame.decode(refined.vector12)
+        return APROutput(refined.vector12, head12, c2w, refined.log_sigma, features, refined.posemap)
+
+    def spread_parameters(self) -> list[nn.Parameter]:
+        """What `log_sigma` is read off with: it learns the errors and does not shape the poses."""
+        spread = self.head.spread if self.refiner is None else self.refiner.spread
+        return list(spread.parameters())
 
     def regress(self, images: torch.Tensor) -> torch.Tensor:
-        """Only the raw (B, 12) vectors: what an exported graph holds, free of the SVD."""
+        """Only the (B, 12) vectors: what an exported graph holds, free of the SVD where the pose is the head's."""
+        if self.refiner is not None:
+            return self(images).vector12
         return self.head(self.backbone(self.resized(images), with_taps=False).final)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -168,6 +209,7 @@ def build_aprnet(
     mean_c2w: torch.Tensor | None = None,
     seed: int = 0,
     load_weights: bool = True,
+    camera: Camera | None = None,
 ) -> APRNet:
     """A new network, channels last in memory; the same weights for the same config and seed.
 
@@ -176,12 +218,13 @@ def build_aprnet(
             None: the frame's centre, unrotated.
         seed: of the random weights; the global generator is left as it was.
         load_weights: False when a state dict is loaded next: `config.weights` is then not read.
+        camera: of the images; needed with `config.pose_from` posemap.
     Raises:
         ConfigError, BackendError, FileFormatError: unknown names or unusable weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "apr/initial weights"))
-        net = APRNet(config, pose_frame, load_weights)
+        net = APRNet(config, pose_frame, load_weights, camera)
     start = torch.eye(4, dtype=torch.float64) if mean_c2w is None else mean_c2w.detach().double().cpu()
     if mean_c2w is None:
         start[:3, 3] = torch.tensor(pose_frame.center, dtype=torch.float64)

@@ -67,8 +67,11 @@ class PoseFrame:
 
     def encode(self, c2w: torch.Tensor) -> torch.Tensor:
         """Targets (..., 12) of poses (..., 4, 4); computed in the dtype of `c2w`."""
-        position = (c2w[..., :3, 3] - self._center(c2w)) / self.scale
-        return pose_vector12(make_c2w(c2w[..., :3, :3], position))
+        return pose_vector12(make_c2w(c2w[..., :3, :3], self.encode_points(c2w[..., :3, 3])))
+
+    def encode_points(self, points: torch.Tensor) -> torch.Tensor:
+        """Points (..., 3) in world units -> the frame of the regressed translations."""
+        return (points - self._center(points)) / self.scale
 
     def decode(self, vector12: torch.Tensor) -> torch.Tensor:
         """Poses (..., 4, 4) of regressed vectors (..., 12); R is the nearest rotation. Differentiable.

@@ -20,7 +20,7 @@ from posemap_fast.localize.error_model import ErrorModel
 
 __all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
 
-_VERSION = 2
+_VERSION = 3
 _SUPPORT = "errors.support"  # name of the training poses among the tensors
 _SIGMA_LEVEL = "0.68"  # of the calibration, that sigma stands for
 _ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
@@ -133,11 +133,12 @@ class PoseRegressor:
                 f"{path}: localizer of version {header.get('version')}, this program reads {_VERSION}; train again"
             )
         config = from_dict(APRConfig, header["apr"], str(path))
-        net = build_aprnet(config, PoseFrame.from_dict(header["pose_frame"]), load_weights=False)
+        camera = Camera.from_dict(header["camera"])
+        net = build_aprnet(config, PoseFrame.from_dict(header["pose_frame"]), load_weights=False, camera=camera)
         support = tensors.pop(_SUPPORT, None)
         net.load_state_dict(tensors)
         errors = None if support is None else ErrorModel.from_dict(header["errors"], support)
-        return cls(net, config, Camera.from_dict(header["camera"]), header["metrics"], errors)
+        return cls(net, config, camera, header["metrics"], errors)
 
 
 def read_image(path: str | Path, camera: Camera) -> torch.Tensor:

@@ -6,8 +6,10 @@ from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
 from posemap_fast.render.renderer import PoseField, RayOutput, RenderConfig, Renderer, Samples
 from posemap_fast.render.views import (
     POSEMAP_STRIDE,
+    PoseMapOutput,
     ViewOutput,
     posemap_shape,
+    render_cells,
     render_posemaps,
     render_views,
 )
@@ -18,6 +20,7 @@ __all__ = [
     "OccupancyConfig",
     "OccupancyGrid",
     "PoseField",
+    "PoseMapOutput",
     "RayOutput",
     "RenderConfig",
     "Renderer",
@@ -25,6 +28,7 @@ __all__ = [
     "ViewOutput",
     "nerfacc_backend",
     "posemap_shape",
+    "render_cells",
     "render_posemaps",
     "render_views",
 ]

@@ -9,7 +9,15 @@ import torch
 from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.render.renderer import PoseField, Renderer
 
-__all__ = ["POSEMAP_STRIDE", "ViewOutput", "posemap_shape", "render_posemaps", "render_views"]
+__all__ = [
+    "POSEMAP_STRIDE",
+    "PoseMapOutput",
+    "ViewOutput",
+    "posemap_shape",
+    "render_cells",
+    "render_posemaps",
+    "render_views",
+]
 
 POSEMAP_STRIDE = 16  # pixels per PoseMap cell and side (paper, section 4.1)
 _CHUNK = 1 << 15  # rays rendered at once: bounds the memory of a view
@@ -22,6 +30,14 @@ class ViewOutput(NamedTuple):
     depth: torch.Tensor  # (B, H, W) distance along the ray in world units, divided by the opacity
     opacity: torch.Tensor  # (B, H, W)
     posemap: torch.Tensor | None  # (B, 256, rows, cols)
+
+
+class PoseMapOutput(NamedTuple):
+    """PoseMaps and what their cells' rays meet."""
+
+    posemap: torch.Tensor  # (B, 256, rows, cols)
+    points: torch.Tensor  # (B, rows, cols, 3) at the expected depth, world frame; the camera where nothing is met
+    opacity: torch.Tensor  # (B, rows, cols)
 
 
 def posemap_shape(camera: Camera, stride: int = POSEMAP_STRIDE) -> tuple[int, int]:
@@ -60,6 +76,19 @@ def render_posemaps(
     Returns:
         (B, 256, rows, cols).
     """
+    return render_cells(renderer, nerfp, c2w, camera, stride=stride, generator=generator).posemap
+
+
+def render_cells(
+    renderer: Renderer,
+    nerfp: PoseField,
+    c2w: torch.Tensor,
+    camera: Camera,
+    *,
+    stride: int = POSEMAP_STRIDE,
+    generator: torch.Generator | None = None,
+) -> PoseMapOutput:
+    """PoseMaps as `render_posemaps`, with the scene points that their cells show."""
     rows, cols = posemap_shape(camera, stride)
     rays_o, rays_d = camera_rays(camera, c2w, posemap_pixels(camera, stride).to(c2w))
     out = renderer.render_rays(
@@ -71,7 +100,10 @@ def render_posemaps(
         generator=generator,
         per_sample=False,
     )
-    return out.posemap.reshape(c2w.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
+    shape = (c2w.shape[0], rows, cols)
+    depth = (out.depth / out.opacity.clamp(min=1e-6))[:, None]
+    points = (rays_o + depth.view(rays_d.shape[:-1])[..., None] * rays_d).view(*shape, 3)
+    return PoseMapOutput(out.posemap.reshape(*shape, -1).permute(0, 3, 1, 2), points, out.opacity.view(shape))
 
 
 @torch.no_grad()

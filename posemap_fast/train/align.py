@@ -41,6 +41,7 @@ class AlignConfig:
     lr: float = 1e-5
     image_pose: ImagePoseConfig = field(default_factory=ImagePoseConfig)  # distil: how poses are found
     min_gain: float = 0.1  # distil: an image is learnt from when this share of its difference to the map went away
+    posemap_weight: float = 1.0  # distil: of the distance of PoseMaps
     guard: float = 0.1  # distil: states are kept while the validation score has not risen by more than this share
     render_scale: float = 0.5  # paper: size of the differentiable render relative to the camera's; 0 = the network's
     share: float = 1.0  # share of the unlabelled images used (paper: .1 indoor, .5 outdoor of the test images)

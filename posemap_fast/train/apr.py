@@ -3,8 +3,10 @@
     L = L_pose + L_image + L_posemap + L_rvs
 
 Every step draws real images, takes their cached renders and PoseMaps, renders fresh views and PoseMaps at random
-poses (RVS), runs the network once over all of them and compares the PoseMaps of predicted and true poses; that
-gradient reaches the prediction through the rays, the hash grid and the compositing weights.
+poses (RVS), runs the network once over all of them and compares PoseMaps with those of the true poses. Whose PoseMaps
+depends on the network: one that predicts a PoseMap (`APRConfig.pose_from` posemap) learns it cell by cell; of any
+other the PoseMap at the predicted pose is taken (paper), whose gradient comes through rays, hash grid and compositing
+weights.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class APRTrainConfig:
     steps: int = 1000
     batch: int = 8  # real images per step (and as many cached renders)
     rvs_batch: int = 8  # fresh views rendered per step
-    replay_batch: int = 0  # views of earlier steps per step: only the pose part of the RVS loss
+    replay_batch: int = 0  # views of earlier steps per step; PoseMaps at their predicted poses are not rendered
     replay_capacity: int = 1024  # views kept for that
     render_scale: float = 0.5  # size of rendered views relative to the camera's; 0 = the network's input size
     lr: float = 1e-3  # Adam
@@ -98,7 +100,7 @@ class RandomViews(NamedTuple):
 
     poses: torch.Tensor  # (n, 4, 4)
     images: torch.Tensor  # (n, h, w, 3) uint8
-    maps: torch.Tensor | None  # (n_fresh, 256, rows, cols), None when their loss is off
+    n_fresh: int
 
 
 class APRStage:
@@ -127,7 +129,7 @@ class APRStage:
         if config.ema > 0:
             self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         chosen_from = net if self.average is None else cast(APRNet, self.average.module)
-        spread = {id(p) for p in net.head.spread.parameters()}
+        spread = {id(p) for p in net.spread_parameters()}
         self.clipped = [p for p in net.parameters() if id(p) not in spread]
         self.best = BestState(
             chosen_from, validation, config.validate_every, config.steps, first=round(config.select_from * config.steps)
@@ -181,11 +183,11 @@ class APRStage:
         is_mixed = self.config.precision != "float32"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=is_mixed):
             output = self.net(images, n_features=n_features if weights.image > 0 and n > 1 else 0)
-        vectors, features = output.vector12, output.features
+        features = output.features
         losses: dict[str, torch.Tensor] = {}
         known = torch.cat([poses] * (n_features // n))
         if weights.pose > 0:
-            losses["pose"] = weights.pose * self._pose_loss(vectors[:n_features], known)
+            losses["pose"] = weights.pose * self._pose_loss(output, slice(0, n_features), known)
         if features is not None:
             losses["image"] = weights.image * triplet_loss(
                 features[:, n:],
@@ -194,35 +196,54 @@ class APRStage:
                 distance=self.config.triplet_distance,
             )
         if rvs is not None:
-            losses["rvs"] = weights.rvs * self._pose_loss(vectors[n_features:], rvs.poses)
+            losses["rvs"] = weights.rvs * self._pose_loss(output, slice(n_features, None), rvs.poses)
         if weights.sigma > 0:  # random views are new to the network: their errors are honest ones
             losses["sigma"] = weights.sigma * (
                 self._sigma_loss(output, slice(0, n), poses)
                 if rvs is None
                 else self._sigma_loss(output, slice(n_features, None), rvs.poses)
             )
-        return losses | self._posemap_losses(output.c2w, index, n_features, None if rvs is None else rvs.maps)
+        compare = self._rendered_posemap_losses if output.posemap is None else self._predicted_posemap_losses
+        return losses | compare(output, index, n_features, rvs)
 
-    def _posemap_losses(
-        self, predicted: torch.Tensor, index: torch.Tensor, n_features: int, rvs_maps: torch.Tensor | None
+    def _predicted_posemap_losses(
+        self, output: APROutput, index: torch.Tensor, n_features: int, rvs: RandomViews | None
     ) -> dict[str, torch.Tensor]:
-        """PoseMaps at the predicted poses of real images and random views against those at the true poses."""
+        """PoseMaps predicted from all images of the pass against those at the true poses."""
+        weights, online, predicted = self.config.weights, self.online, output.posemap
+        assert predicted is not None
+        losses = {}
+        if weights.posemap > 0:
+            known = online.cache.posemaps[index].repeat(n_features // index.numel(), 1, 1, 1)
+            distance = posemap_l2(predicted[:n_features], known, scale=online.feature_scale)
+            losses["posemap"] = weights.posemap * distance
+        if rvs is not None and weights.rvs_posemap > 0:
+            distance = posemap_l2(predicted[n_features:], self._posemaps(rvs.poses), scale=online.feature_scale)
+            losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * distance
+        return losses
+
+    def _rendered_posemap_losses(
+        self, output: APROutput, index: torch.Tensor, n_features: int, rvs: RandomViews | None
+    ) -> dict[str, torch.Tensor]:
+        """PoseMaps at the predicted poses of real images and fresh random views against those at the true poses."""
         weights, online = self.config.weights, self.online
         n = index.numel() if weights.posemap > 0 else 0
-        wanted = [predicted[:n]]
-        if rvs_maps is not None:
-            wanted.append(predicted[n_features : n_features + rvs_maps.shape[0]])
-        poses = torch.cat(wanted)
+        n_fresh = rvs.n_fresh if rvs is not None and weights.rvs_posemap > 0 else 0
+        poses = torch.cat([output.c2w[:n], output.c2w[n_features : n_features + n_fresh]])
         if poses.shape[0] == 0:
             return {}
         maps = render_posemaps(online.renderer, online.nerfp, poses, self.views.camera)
         losses = {}
         if n:
             losses["posemap"] = weights.posemap * posemap_cosine(maps[:n], online.cache.posemaps[index])
-        if rvs_maps is not None:
-            distance = posemap_l2(maps[n:], rvs_maps, scale=online.feature_scale)
+        if rvs is not None and n_fresh:
+            distance = posemap_l2(maps[n:], self._posemaps(rvs.poses[:n_fresh]), scale=online.feature_scale)
             losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * distance
         return losses
+
+    @torch.no_grad()
+    def _posemaps(self, poses: torch.Tensor) -> torch.Tensor:
+        return render_posemaps(self.online.renderer, self.online.nerfp, poses, self.views.camera)
 
     def _sigma_loss(self, output: APROutput, part: slice, c2w: torch.Tensor) -> torch.Tensor:
         """Predicted against actual errors of some views of the pass."""
@@ -231,10 +252,12 @@ class APRStage:
         rotation = torch.deg2rad(rotation_angle_deg(found[:, :3, :3], c2w[:, :3, :3]))
         return laplace_nll(torch.stack([translation, rotation], dim=1), output.log_sigma[part])
 
-    def _pose_loss(self, vectors: torch.Tensor, c2w: torch.Tensor) -> torch.Tensor:
+    def _pose_loss(self, output: APROutput, part: slice, c2w: torch.Tensor) -> torch.Tensor:
         target = self.net.pose_frame.encode(c2w)
         distance = pose_l2 if self.config.pose_loss == "l2" else pose_mse
-        return distance(vectors, target, translation_weight=self.config.translation_weight)
+        weight = self.config.translation_weight
+        losses = [distance(vectors[part], target, translation_weight=weight) for vectors in output.pose_vectors]
+        return torch.stack(losses).sum()
 
     def _random_view_source(self) -> RandomViewSource:
         online, config = self.online, self.config
@@ -256,17 +279,13 @@ class APRStage:
         )
 
     def _draw_views(self, k: int, generator: torch.Generator) -> RandomViews | None:
-        """Fresh views of step k with their PoseMaps, and views of earlier steps."""
+        """Fresh views of step k, and views of earlier steps."""
         if self.random_views is None:
             return None
         poses, fresh = self.random_views.draw(k)
-        maps = None
-        if self.config.weights.rvs_posemap > 0:
-            with torch.no_grad():
-                maps = render_posemaps(self.online.renderer, self.online.nerfp, poses, self.views.camera)
         old_images, old_poses = self.replay.draw(self.config.replay_batch, generator)
         self.replay.add(fresh, poses)
-        return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), maps)
+        return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), len(poses))
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer, the best state so far and the views kept for replay."""

@@ -121,12 +121,14 @@ class DistilAlignStage:
         poses = torch.cat([self.poses[new], self.training.c2w[known]])
         output = net(torch.cat([net.resized(part) for part in images]))
         target = net.pose_frame.encode(poses)
-        maps = render_posemaps(online.renderer, online.nerfp, output.c2w[: config.batch], self.camera)
+        maps = output.posemap
+        if maps is None:
+            maps = render_posemaps(online.renderer, online.nerfp, output.c2w[: config.batch], self.camera)
         with torch.no_grad():
-            wanted = render_posemaps(online.renderer, online.nerfp, poses[: config.batch], self.camera)
+            wanted = render_posemaps(online.renderer, online.nerfp, poses[: len(maps)], self.camera)
         losses = {
-            "pose": pose_l2(output.vector12, target),
-            "posemap": posemap_l2(maps, wanted, scale=online.feature_scale),
+            "pose": torch.stack([pose_l2(vectors, target) for vectors in output.pose_vectors]).sum(),
+            "posemap": config.posemap_weight * posemap_l2(maps, wanted, scale=online.feature_scale),
         }
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)

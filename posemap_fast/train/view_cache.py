@@ -10,7 +10,7 @@ import torch
 from posemap_fast.fields import NeRFP
 from posemap_fast.files import atomic_path
 from posemap_fast.progress import ProgressMeter
-from posemap_fast.render import Renderer, render_views
+from posemap_fast.render import Renderer, render_cells, render_views
 from posemap_fast.train.nerfp import TrainingViews
 
 __all__ = ["ViewCache", "to_uint8"]
@@ -27,8 +27,11 @@ class ViewCache:
 
     renders: torch.Tensor  # (n, h, w, 3) uint8, at the size of random views
     posemaps: torch.Tensor  # (n, 256, rows, cols) float32
+    points: torch.Tensor  # (n, rows, cols, 3) scene points that the cells show, world frame
+    opacity: torch.Tensor  # (n, rows, cols)
 
     @classmethod
+    @torch.no_grad()
     def load_or_render(
         cls,
         path: Path,
@@ -42,7 +45,7 @@ class ViewCache:
         if path.exists():
             kept = torch.load(path, map_location=views.c2w.device, weights_only=True)
             return cls(**kept)
-        renders, posemaps = [], []
+        renders, cells = [], []
         codes = nerfp.appearance_code(views.histograms)
         with meter.task("view cache", total=len(views), start=0) as task:
             for i in range(len(views)):
@@ -53,12 +56,12 @@ class ViewCache:
                     views.camera,
                     appearance=None if codes is None else codes[i : i + 1],
                     image_size=image_size,
+                    with_posemap=False,
                 )
                 renders.append(to_uint8(view.rgb))
-                assert view.posemap is not None
-                posemaps.append(view.posemap)
+                cells.append(render_cells(renderer, nerfp, views.c2w[i : i + 1], views.camera))
                 task.update(i + 1)
-        cache = cls(torch.cat(renders), torch.cat(posemaps))
+        cache = cls(torch.cat(renders), *(torch.cat(part) for part in zip(*cells, strict=True)))
         with atomic_path(path) as temporary:
             torch.save(vars(cache), temporary)
         return cache

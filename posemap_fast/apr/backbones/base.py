@@ -1,10 +1,11 @@
-"""What every APR backbone gives: taps for the feature branch and one final map for the pose head.
+"""What every APR backbone gives: taps for the feature branch, a local map and one final map for the pose head.
 
 Contract (checked for each registered name by `tests/apr/test_backbones.py`):
     factory   `BACKBONES.get(name)(weights)`, `weights` a source as in `weights.py`, or None in silence.
     forward   images (B, 3, H, W) float in [0, 1] -> `BackboneOutput`; the input is normalised inside.
     taps      one tensor per level, shallow to deep, (B, tap_channels[i], about H / tap_strides[i], ...),
               taken *before* the ReLU that follows it (as DFNet, arXiv:2204.00559, section 3.3).
+    local     (B, local_channels, about H / 8, about W / 8), after its ReLU: what is seen where, for PoseMaps.
     final     (B, out_channels, about H / out_stride, about W / out_stride), after the last ReLU.
 """
 
@@ -29,9 +30,10 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """Taps (before their ReLU, shallow to deep; empty when not asked for) and the final map."""
+    """Taps (before their ReLU, shallow to deep; empty when not asked for), the map at stride 8 and the final map."""
 
     taps: list[torch.Tensor]
+    local: torch.Tensor
     final: torch.Tensor
 
 
@@ -40,12 +42,14 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         tap_channels, tap_strides: per level, shallow to deep.
+        local_channels: of the map at stride 8.
         out_channels, out_stride: of the final map.
         min_size: smallest height and width in pixels that leaves at least one final cell.
     """
 
     tap_channels: tuple[int, ...]
     tap_strides: tuple[int, ...]
+    local_channels: int
     out_channels: int
     out_stride: int
     min_size: int = 1

@@ -17,6 +17,7 @@ from posemap_fast.apr.backbones.base import BACKBONES, Backbone, BackboneOutput
 __all__ = ["Compact"]
 
 _WIDTHS = (32, 64, 128, 256)
+_LOCAL_LEVEL = 2  # stride 8
 
 
 class _ConvNorm(nn.Sequential):
@@ -48,6 +49,7 @@ class Compact(Backbone):
 
     tap_channels = (_WIDTHS[0], _WIDTHS[1], _WIDTHS[3])
     tap_strides = (2, 4, 16)
+    local_channels = _WIDTHS[2]
     out_channels = _WIDTHS[3]
     out_stride = 16
     min_size = 16
@@ -70,4 +72,6 @@ class Compact(Backbone):
                 x = self.refine[level - 1](functional.relu(x))
             maps.append(x)
             x = functional.relu(x)
-        return BackboneOutput([maps[0], maps[1], maps[3]] if with_taps else [], x)
+            if level == _LOCAL_LEVEL:
+                local = x
+        return BackboneOutput([maps[0], maps[1], maps[3]] if with_taps else [], local, x)

@@ -46,6 +46,7 @@ class _ResNet(Backbone):
 
     tap_channels = (_WIDTHS[0], _WIDTHS[1], _WIDTHS[3])
     tap_strides = (2, 8, 32)
+    local_channels = _WIDTHS[1]
     out_channels = _WIDTHS[3]
     out_stride = 32
     min_size = 32
@@ -80,7 +81,8 @@ class _ResNet(Backbone):
         x = functional.max_pool2d(stem, 3, stride=2, padding=1)
         middle = self.layer2(self.layer1(x))  # stride 8
         deep = self.layer4(self.layer3(middle))  # stride 32
-        return BackboneOutput([stem, middle, deep] if with_taps else [], functional.relu(deep))
+        taps = [stem, middle, deep] if with_taps else []
+        return BackboneOutput(taps, functional.relu(middle), functional.relu(deep))
 
 
 def _stage(in_channels: int, channels: int, n_blocks: int, stride: int) -> nn.Sequential:

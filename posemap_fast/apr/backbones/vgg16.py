@@ -18,6 +18,7 @@ __all__ = ["VGG16"]
 _POOL = 0
 _PLAN = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL, 512, 512, 512, _POOL, 512, 512, 512, _POOL)
 _TAPS = (2, 14, 28)  # conv1_2, conv3_3, conv5_3
+_LOCAL = 22  # the ReLU after conv4_3, at stride 8
 _URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
@@ -30,6 +31,7 @@ class VGG16(Backbone):
 
     tap_channels = (64, 256, 512)
     tap_strides = (1, 4, 16)
+    local_channels = 512
     out_channels = 512
     out_stride = 32
     min_size = 32
@@ -67,4 +69,6 @@ class VGG16(Backbone):
             is_tapped = with_taps and index in _TAPS
             if is_tapped:
                 taps.append(x)
-        return BackboneOutput(taps, x)
+            if index == _LOCAL:
+                local = x
+        return BackboneOutput(taps, local, x)
