@@ -227,7 +227,7 @@ class _SceneRunner:
         }
 
 
-_MAP_PARTS = ("frame", "field", "prune", "pose_branch", "view_cache")
+_MAP_PARTS = ("frame", "field", "prune", "pose_branch", "view_cache", "readout")
 
 
 def map_part(config: ExperimentConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from posemap_fast.apr import APRConfig, APRNet, PoseFrame, build_aprnet
+from posemap_fast.apr import APRConfig, APRNet, PoseFrame, PoseMapReadout, build_aprnet
 from posemap_fast.data import FrameEstimate, Scene, estimate_frame, load_scene
 from posemap_fast.experiment import DataConfig, ExperimentConfig
 from posemap_fast.geometry import Camera, mean_pose, project_points
@@ -199,7 +199,18 @@ class SceneStages:
                 self.meter,
             )
         norm = float(cache.posemaps.square().sum(dim=1).mean().sqrt())
-        return OnlineMap(scene_map.nerfp, scene_map.renderer, sampler, cache, max(norm, 1e-6))
+        online = OnlineMap(scene_map.nerfp, scene_map.renderer, sampler, cache, max(norm, 1e-6))
+        self._fit_readout(online, scene_map.pose_frame)
+        return online
+
+    def _fit_readout(self, online: OnlineMap, pose_frame: PoseFrame) -> None:
+        """Once for all networks on a map that predict PoseMaps."""
+        if online.readout is not None or self.config.network.pose_from != "posemap":
+            return
+        with self.timed("readout"):
+            cache = online.cache
+            points = pose_frame.encode_points(cache.points)
+            online.readout = PoseMapReadout.fit(cache.posemaps, points, cache.opacity, self.seed)
 
     def sampler(self, scene_map: SceneMap) -> ViewSampler:
         """Source of random poses around the training poses."""
@@ -226,8 +237,9 @@ class SceneStages:
         config = dataclasses.replace(self._network_config(), posemap_channels=channels, posemap_cells=(rows, cols))
         net = build_aprnet(config, pose_frame, mean_pose(poses), seed=self.seed, camera=camera).to(self.device)
         if net.refiner is not None:
-            points = pose_frame.encode_points(cache.points)
-            net.refiner.fit_readout(cache.posemaps, points, cache.opacity, stream_seed(self.seed, "readout"))
+            self._fit_readout(online, pose_frame)
+            assert online.readout is not None
+            net.refiner.readout.load_state_dict(online.readout.state_dict())
         return net
 
     def unseen_views(self, online: OnlineMap, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

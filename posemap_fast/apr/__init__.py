@@ -9,7 +9,7 @@ from posemap_fast.apr.backbones import BACKBONES, Backbone, BackboneOutput
 from posemap_fast.apr.heads import HEADS, HeadOptions
 from posemap_fast.apr.pose_frame import PoseFrame
 from posemap_fast.apr.pose_solver import SolvedPose, solve_pose
-from posemap_fast.apr.posemap_refiner import PoseMapRefiner, RefinedPose
+from posemap_fast.apr.posemap_refiner import PoseMapReadout, PoseMapRefiner, RefinedPose
 
 __all__ = [
     "BACKBONES",
@@ -23,6 +23,7 @@ __all__ = [
     "BackboneOutput",
     "HeadOptions",
     "PoseFrame",
+    "PoseMapReadout",
     "PoseMapRefiner",
     "RefinedPose",
     "SolvedPose",

@@ -80,7 +80,7 @@ def solve_pose(
         information = torch.einsum("bnki,bnkj->bij", weighted, jacobian) + torch.diag(precision)
         pull = torch.cat([_small_rotation(first, rotation), _to_camera(rotation, position - start)], dim=-1)
         gradient = torch.einsum("bnki,bnk->bi", weighted, offset) + precision * pull
-        step = -torch.linalg.solve(information, gradient)
+        step = -torch.linalg.solve_ex(information, gradient).result  # no wait for the device
         step = step * (_LONGEST_STEP / step.norm(dim=-1, keepdim=True).clamp(min=_LONGEST_STEP))
         position = position + torch.einsum("bij,bj->bi", rotation, step[:, 3:])
         rotation = rotation @ so3_exp(step[:, :3])

@@ -22,8 +22,9 @@ from torch.nn import functional
 from posemap_fast.apr.pose_solver import solve_pose
 from posemap_fast.errors import ConfigError
 from posemap_fast.geometry import Camera, camera_rays
+from posemap_fast.seeding import integers, step_generator, stream_seed
 
-__all__ = ["PoseMapRefiner", "RefinedPose"]
+__all__ = ["PoseMapReadout", "PoseMapRefiner", "RefinedPose"]
 
 _READOUT_HIDDEN = 128
 _FIT_STEPS, _FIT_CELLS, _FIT_RATE = 1000, 1024, 2e-3
@@ -47,6 +48,69 @@ class RefinedPose(NamedTuple):
     log_sigma: torch.Tensor  # (B, 2), see `PoseHead.log_sigma`
 
 
+class PoseMapReadout(nn.Module):
+    """Scene points from PoseMaps, cell by cell.
+
+    Args:
+        channels: of the PoseMaps.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(channels, _READOUT_HIDDEN),
+            nn.ReLU(),
+            nn.Linear(_READOUT_HIDDEN, _READOUT_HIDDEN),
+            nn.ReLU(),
+            nn.Linear(_READOUT_HIDDEN, 3),
+        )
+        self.posemap_scale: torch.Tensor
+        self.point_scale: torch.Tensor
+        self.register_buffer("posemap_scale", torch.ones(1))  # typical norm of a PoseMap's cell
+        self.register_buffer("point_scale", torch.ones(1))  # typical distance of a scene point, pose-frame units
+
+    def forward(self, posemaps: torch.Tensor) -> torch.Tensor:
+        """(B, C, rows, cols) -> (B, rows * cols, 3) in the pose frame."""
+        return self._points(posemaps.flatten(2).transpose(1, 2))
+
+    def _points(self, cells: torch.Tensor) -> torch.Tensor:
+        return self.layers(cells / self.posemap_scale) * self.point_scale
+
+    @classmethod
+    def fit(cls, posemaps: torch.Tensor, points: torch.Tensor, opacity: torch.Tensor, seed: int) -> PoseMapReadout:
+        """A readout fitted to PoseMaps of a map; a few seconds.
+
+        Args:
+            posemaps: (n, C, rows, cols).
+            points: (n, rows, cols, 3) that the cells' rays meet, in the pose frame.
+            opacity: (n, rows, cols); cells whose ray meets little have no point.
+            seed: of the first weights and of the cells drawn.
+        Raises:
+            ConfigError: no cell has a point.
+        """
+        cells = posemaps.permute(0, 2, 3, 1).reshape(-1, posemaps.shape[1])
+        is_solid = (opacity > _LEAST_OPACITY).flatten()
+        cells, wanted = cells[is_solid], points.reshape(-1, 3)[is_solid]
+        if len(cells) == 0:
+            raise ConfigError("the map is empty: no ray of a training view meets anything; train stage 1 longer")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "readout/initial weights"))
+            readout = cls(cells.shape[1]).to(cells.device)
+        readout.posemap_scale.fill_(float(cells.square().sum(dim=1).mean().sqrt().clamp(min=1e-6)))
+        readout.point_scale.fill_(float(wanted.norm(dim=1).median().clamp(min=1e-6)))
+        optimizer = torch.optim.Adam(readout.parameters(), lr=_FIT_RATE, fused=True)
+        n = min(_FIT_CELLS, len(cells))
+        for k in range(_FIT_STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = _FIT_RATE * max(0.01, 0.5 * (1 + math.cos(math.pi * k / _FIT_STEPS)))
+            chosen = integers(step_generator(seed, "readout", k), len(cells), n, cells.device)
+            error = (readout._points(cells[chosen]) - wanted[chosen]).norm(dim=1) / readout.point_scale
+            optimizer.zero_grad(set_to_none=True)
+            error.clamp(max=_FIT_CLIP).mean().backward()
+            optimizer.step()
+        return readout.requires_grad_(False)
+
+
 class PoseMapRefiner(nn.Module):
     """Predicts PoseMaps and solves for the pose.
 
@@ -57,7 +121,7 @@ class PoseMapRefiner(nn.Module):
         camera: of the images, at any size.
         channels: width inside.
     Attributes:
-        fitted: (1,) 1 once `fit_readout` has been called.
+        readout: of scene points; to be replaced by one fitted to the map (`PoseMapReadout.fit`).
     """
 
     def __init__(
@@ -85,22 +149,12 @@ class PoseMapRefiner(nn.Module):
         )
         self.posemap = nn.Conv2d(2 * channels, posemap_channels, 1)
         self.confidence = nn.Conv2d(2 * channels, 1, 1)
-        self.readout = nn.Sequential(
-            nn.Linear(posemap_channels, _READOUT_HIDDEN),
-            nn.ReLU(),
-            nn.Linear(_READOUT_HIDDEN, _READOUT_HIDDEN),
-            nn.ReLU(),
-            nn.Linear(_READOUT_HIDDEN, 3),
-        )
+        self.readout = PoseMapReadout(posemap_channels).requires_grad_(False)
         self.spread = nn.Sequential(nn.Linear(_N_SIGNS, _SPREAD_HIDDEN), nn.ReLU(), nn.Linear(_SPREAD_HIDDEN, 2))
         self.directions: torch.Tensor
         self.precision: torch.Tensor
-        self.posemap_scale: torch.Tensor
-        self.point_scale: torch.Tensor
         self.register_buffer("directions", _directions(camera, cells), persistent=False)
         self.register_buffer("precision", torch.full((6,), _PRIOR), persistent=False)
-        self.register_buffer("posemap_scale", torch.ones(1))  # typical norm of a PoseMap's cell
-        self.register_buffer("point_scale", torch.ones(1))  # typical distance of a scene point, pose-frame units
 
     def forward(
         self, local: torch.Tensor, final: torch.Tensor, vector12: torch.Tensor, rotation: torch.Tensor
@@ -119,7 +173,8 @@ class PoseMapRefiner(nn.Module):
         unit = self.posemap(cells).float()
         weights = functional.softplus(self.confidence(cells).float()).flatten(1)
         with torch.autocast(unit.device.type, enabled=False):
-            points = self.readout(unit.flatten(2).transpose(1, 2)) * self.point_scale
+            posemap = unit * self.readout.posemap_scale
+            points = self.readout(posemap)
             solved = solve_pose(
                 points.detach(),
                 weights,
@@ -132,35 +187,7 @@ class PoseMapRefiner(nn.Module):
             )
             refined = torch.cat([solved.rotation, solved.position[..., None]], dim=-1).flatten(1)
             log_sigma = self.spread(_signs(solved.information.detach(), solved.residual.detach()))
-        return RefinedPose(refined, unit * self.posemap_scale, points, log_sigma)
-
-    def fit_readout(self, posemaps: torch.Tensor, points: torch.Tensor, opacity: torch.Tensor, seed: int) -> None:
-        """Fit `readout` to PoseMaps of the map, and take the scales from them; a few seconds.
-
-        Args:
-            posemaps: (n, C, rows, cols).
-            points: (n, rows, cols, 3) that the cells' rays meet, in the pose frame.
-            opacity: (n, rows, cols).
-            seed: of the cells drawn.
-        """
-        inputs = posemaps.permute(0, 2, 3, 1).reshape(-1, posemaps.shape[1])
-        is_solid = (opacity > _LEAST_OPACITY).flatten()
-        inputs, wanted = inputs[is_solid], points.reshape(-1, 3)[is_solid]
-        if len(inputs) == 0:
-            raise ConfigError("the map is empty: no ray of a training view meets anything; train stage 1 longer")
-        self.posemap_scale.fill_(float(inputs.square().sum(dim=1).mean().sqrt().clamp(min=1e-6)))
-        self.point_scale.fill_(float(wanted.norm(dim=1).median().clamp(min=1e-6)))
-        generator = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.Adam(self.readout.parameters(), lr=_FIT_RATE, fused=True)
-        for k in range(_FIT_STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = _FIT_RATE * max(0.01, 0.5 * (1 + math.cos(math.pi * k / _FIT_STEPS)))
-            chosen = torch.randint(len(inputs), (_FIT_CELLS,), generator=generator).to(inputs.device)
-            found = self.readout(inputs[chosen] / self.posemap_scale)
-            error = (found - wanted[chosen] / self.point_scale).norm(dim=1)
-            optimizer.zero_grad(set_to_none=True)
-            error.clamp(max=_FIT_CLIP).mean().backward()
-            optimizer.step()
+        return RefinedPose(refined, posemap, points, log_sigma)
 
 
 def _directions(camera: Camera, cells: tuple[int, int]) -> torch.Tensor:
@@ -174,7 +201,7 @@ def _directions(camera: Camera, cells: tuple[int, int]) -> torch.Tensor:
 
 def _signs(information: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """(B, 3) log standard deviations of translation and rotation from (B, 6, 6), and log residual (B,)."""
-    covariance = torch.linalg.inv(information)
+    covariance = torch.linalg.inv_ex(information).inverse
     variances = covariance.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     logs = [variances[:, 3:].sum(-1).log() / 2, variances[:, :3].sum(-1).log() / 2, residual.clamp(min=1e-6).log()]
     return torch.stack(logs, dim=-1)

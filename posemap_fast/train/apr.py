@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from posemap_fast.apr import APRNet, APROutput, AugmentConfig, augment_images
+from posemap_fast.apr import APRNet, APROutput, AugmentConfig, PoseMapReadout, augment_images
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import NeRFP
 from posemap_fast.geometry import Camera, rotation_angle_deg
@@ -92,6 +92,7 @@ class OnlineMap:
     sampler: ViewSampler
     cache: ViewCache
     feature_scale: float  # root mean square norm of a PoseMap cell: makes the L2 of PoseMaps scale-free
+    readout: PoseMapReadout | None = None  # scene points from PoseMaps, for networks that predict PoseMaps
     bank: Path | None = None  # folder that keeps random views for other networks on the same map and seed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from posemap_fast.apr import BACKBONES, APRConfig, APRNet, PoseFrame, PoseMapRefiner, build_aprnet
+from posemap_fast.apr import BACKBONES, APRConfig, APRNet, PoseFrame, PoseMapReadout, PoseMapRefiner, build_aprnet
 from posemap_fast.errors import ConfigError
 from posemap_fast.geometry import Camera, camera_rays, make_c2w, rotation_angle_deg, so3_exp
 
@@ -40,25 +40,31 @@ def _posemaps(points: torch.Tensor) -> torch.Tensor:
     return 3 * torch.tanh(0.3 * points @ mix).permute(0, 3, 1, 2)
 
 
+def _fit(seed: int = 1, n: int = 10, opacity: torch.Tensor | None = None, points=None) -> PoseMapReadout:
+    _, seen, posemaps = _world(n)
+    solid = torch.ones(n, *_CELLS) if opacity is None else opacity
+    return PoseMapReadout.fit(posemaps, seen if points is None else points, solid, seed)
+
+
 @pytest.fixture(scope="module")
 def fitted() -> PoseMapRefiner:
     refiner = _refiner()
-    _, points, posemaps = _world(60)
-    refiner.fit_readout(posemaps, points, torch.ones(60, *_CELLS), seed=3)
+    refiner.readout.load_state_dict(_fit(n=60).state_dict())
     return refiner.eval()
 
 
 def test_the_readout_finds_the_points_of_posemaps_it_was_not_fitted_on(fitted):
     _, points, posemaps = _world(8, seed=1)
-    found = fitted.readout(posemaps.flatten(2).transpose(1, 2) / fitted.posemap_scale) * fitted.point_scale
-    error = (found - points.flatten(1, 2)).norm(dim=-1)
+    error = (fitted.readout(posemaps) - points.flatten(1, 2)).norm(dim=-1)
     assert error.median() < 0.08
-    assert float(fitted.posemap_scale) == pytest.approx(float(_world(60)[2].square().sum(1).mean().sqrt()), rel=1e-4)
+    assert float(fitted.readout.posemap_scale) == pytest.approx(
+        float(_world(60)[2].square().sum(1).mean().sqrt()), rel=1e-4
+    )
 
 
 def test_a_perfect_posemap_brings_a_poor_start_to_the_true_pose(fitted, monkeypatch):
     c2w, _, posemaps = _world(8, seed=1)
-    monkeypatch.setattr(fitted.posemap, "forward", lambda cells: posemaps / fitted.posemap_scale)
+    monkeypatch.setattr(fitted.posemap, "forward", lambda cells: posemaps / fitted.readout.posemap_scale)
     rotation = c2w[:, :3, :3] @ so3_exp(torch.full((8, 3), 0.08))
     start = torch.cat([rotation, (c2w[:, :3, 3] + 0.15)[..., None]], dim=2).flatten(1)
     with torch.no_grad():
@@ -71,20 +77,19 @@ def test_a_perfect_posemap_brings_a_poor_start_to_the_true_pose(fitted, monkeypa
 
 
 def test_the_fit_repeats_for_a_seed_ignores_cells_without_matter_and_refuses_an_empty_map():
-    _, points, posemaps = _world(10)
     solid = torch.ones(10, *_CELLS)
     solid[:, 0] = 0.1
-    spoilt = points.clone()
+    spoilt = _world(10)[1].clone()
     spoilt[:, 0] = 1e4
-    first, second, other = _refiner(), _refiner(), _refiner()
-    first.fit_readout(posemaps, points, solid, seed=1)
-    second.fit_readout(posemaps, spoilt, solid, seed=1)
-    other.fit_readout(posemaps, points, solid, seed=2)
+    torch.manual_seed(5)
+    first, second, other = _fit(1, opacity=solid), _fit(1, opacity=solid, points=spoilt), _fit(2, opacity=solid)
     for (name, value), again in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(value, again), name
-    assert not torch.equal(first.readout[0].weight, other.readout[0].weight)
+    assert not torch.equal(first.layers[0].weight, other.layers[0].weight)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    assert not any(p.requires_grad for p in first.parameters())
     with pytest.raises(ConfigError, match="the map is empty"):
-        first.fit_readout(posemaps, points, torch.zeros(10, *_CELLS), seed=1)
+        _fit(opacity=torch.zeros(10, *_CELLS))
 
 
 def _network(backbone: str = "compact", **changes) -> APRNet:

@@ -44,11 +44,11 @@ def error_model() -> ErrorModel:
     return ErrorModel(support, weights, POSE_FRAME.scale)
 
 
-def regressor(metrics: dict[str, Any] | None = None, errors: ErrorModel | None = None) -> PoseRegressor:
-    config = APRConfig(input_size=(48, 64))
-    net = build_aprnet(config, POSE_FRAME)
+def regressor(metrics: dict[str, Any] | None = None, errors: ErrorModel | None = None, **network: Any) -> PoseRegressor:
+    config = APRConfig(input_size=(48, 64), **network)
+    net = build_aprnet(config, POSE_FRAME, camera=CAMERA)
     with torch.no_grad():
-        net.head.spread[2].weight.normal_(generator=torch.Generator().manual_seed(1))
+        net.spread_parameters()[2].normal_(generator=torch.Generator().manual_seed(1))
     return PoseRegressor(net, config, CAMERA, {"calibration": CALIBRATION} if metrics is None else metrics, errors)
 
 
@@ -78,8 +78,9 @@ def test_map_with_an_unknown_backbone_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("errors", [error_model(), None], ids=["model", "none"])
-def test_localizer_comes_back_and_answers_the_same(tmp_path: Path, errors: ErrorModel | None) -> None:
-    original = regressor(errors=errors)
+@pytest.mark.parametrize("network", [{}, {"pose_from": "posemap", "posemap_cells": (3, 4)}], ids=["head", "posemap"])
+def test_localizer_comes_back_and_answers_the_same(tmp_path: Path, network, errors: ErrorModel | None) -> None:
+    original = regressor(errors=errors, **network)
     original.save(tmp_path / "a.pmnet", "tiny")
     loaded = PoseRegressor.load(tmp_path / "a.pmnet")
     answer, before = loaded.localize(image()), original.localize(image())

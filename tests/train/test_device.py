@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from posemap_fast import ops
-from posemap_fast.apr import APRConfig, PoseFrame, build_aprnet
+from posemap_fast.apr import APRConfig, PoseFrame, PoseMapReadout, build_aprnet
 from posemap_fast.fields import NeRFP, PoseDecoder
 from posemap_fast.progress import NoProgress
 from posemap_fast.train import (
@@ -110,14 +110,23 @@ def test_stage_1_with_a_transient_branch(tiny_map, views, device: torch.device) 
     stage.load_state_dict(stage.state_dict())
 
 
-def test_stages_3_and_4(moved_map, views, camera, poses, device: torch.device, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("pose_from", ["head", "posemap"])
+def test_stages_3_and_4(
+    moved_map, views, camera, poses, device: torch.device, tmp_path, monkeypatch, pose_from: str
+) -> None:
     nerfp, renderer = moved_map
     nerfp.requires_grad_(False)
     monkeypatch.setattr(torch, "save", lambda *_: None)  # a pretended tensor has no storage to write
     cache = ViewCache.load_or_render(tmp_path / "views.pt", renderer, nerfp, views, (18, 24), NoProgress())
     sampler = ViewSampler(RVSConfig(max_translation=0.1), views.c2w, renderer)
     online = OnlineMap(nerfp, renderer, sampler, cache, 1.0)
-    net = build_aprnet(APRConfig(input_size=(32, 32)), PoseFrame.from_poses(poses, "auto"), poses[0]).to(device)
+    frame = PoseFrame.from_poses(poses, "auto")
+    rows, cols = cache.posemaps.shape[2:]
+    config = APRConfig(input_size=(32, 32), pose_from=pose_from, posemap_cells=(rows, cols))
+    net = build_aprnet(config, frame, poses[0], camera=camera).to(device)
+    if net.refiner is not None:
+        readout = PoseMapReadout.fit(cache.posemaps, frame.encode_points(cache.points), cache.opacity + 1, seed=0)
+        net.refiner.readout.load_state_dict(readout.state_dict())
     config = APRTrainConfig(steps=3, batch=3, rvs_batch=2, replay_batch=2, weights=LossWeights())
     stage = APRStage(config, net, online, views, views, seed=0)
     for k in range(3):

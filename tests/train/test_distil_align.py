@@ -95,6 +95,7 @@ def displaced(truth: torch.Tensor) -> torch.Tensor:
     return move_poses(truth, math.radians(3) * turn, 0.1 * move)
 
 
+SHORT = ImagePoseConfig(steps=4, rows=12)
 CONFIG = ImagePoseConfig(steps=80, rows=24, step_t=0.02, step_r_deg=0.5)
 
 
@@ -120,16 +121,18 @@ def test_bad_schedules_are_refused(values) -> None:
         ImagePoseConfig(**values)
 
 
-def network(truth: torch.Tensor) -> APRNet:
-    return build_aprnet(APRConfig(input_size=(32, 32)), PoseFrame.from_poses(truth, 1.0), truth[0])
+def network(truth: torch.Tensor, camera: Camera, pose_from: str = "head") -> APRNet:
+    predicted = {"posemap_channels": 3, "posemap_cells": (2, 3)}  # of the painted room
+    config = APRConfig(input_size=(32, 32), pose_from=pose_from, **predicted)
+    return build_aprnet(config, PoseFrame.from_poses(truth, 1.0), truth[0], camera=camera)
 
 
-def stage(renderer, camera, truth, images, **changes) -> DistilAlignStage:
+def stage(renderer, camera, truth, images, pose_from="head", **changes) -> DistilAlignStage:
     views = TrainingViews.of(images, truth, camera)
     online = OnlineMap(PaintedRoom(), renderer, None, None, 1.0)  # type: ignore[arg-type]
     options = {"steps": 6, "batch": 2, "lr": 1e-3, "validate_every": 2, "guard": 10.0, "image_pose": CONFIG}
     config = AlignConfig(**(options | changes))
-    found = DistilAlignStage(config, network(truth), online, images, camera, views, 0, views)
+    found = DistilAlignStage(config, network(truth, camera, pose_from), online, images, camera, views, 0, views)
     found.poses = displaced(truth)  # as a network that was trained would answer
     return found
 
@@ -147,6 +150,17 @@ def test_the_network_learns_poses_that_nobody_gave(renderer, camera, truth, imag
     assert found.best.state["step"] == found.n_steps
 
 
+def test_a_network_that_predicts_posemaps_learns_those_at_the_poses_found(renderer, camera, truth, images) -> None:
+    found = stage(renderer, camera, truth, images, "posemap", posemap_weight=10.0, image_pose=SHORT)
+    before = {name: value.clone() for name, value in found.net.state_dict().items()}
+    losses = [found.step(k).get("posemap", 0.0) for k in range(found.n_steps)]
+    moved = {name for name, value in found.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert losses[-1] > 0
+    for part in ("head.output", "refiner.posemap", "refiner.confidence", "backbone"):
+        assert any(name.startswith(part) for name in moved), part
+    assert not any("running" in name or name.startswith("refiner.readout") for name in moved)
+
+
 def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, camera, truth, images) -> None:
     found = stage(renderer, camera, truth, images, min_gain=1.1)
     before = copy.deepcopy(found.net.state_dict())
@@ -156,12 +170,11 @@ def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, c
 
 
 def test_an_interrupted_alignment_ends_like_one_that_was_not(renderer, camera, truth, images) -> None:
-    short = ImagePoseConfig(steps=4, rows=12)
-    whole = stage(renderer, camera, truth, images, image_pose=short)
+    whole = stage(renderer, camera, truth, images, image_pose=SHORT)
     for k in range(whole.n_steps):
         whole.step(k)
     for cut in (1, 4):  # in the first part, and in the second
-        first, second = (stage(renderer, camera, truth, images, image_pose=short) for _ in range(2))
+        first, second = (stage(renderer, camera, truth, images, image_pose=SHORT) for _ in range(2))
         for k in range(cut):
             first.step(k)
         second.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -172,7 +185,7 @@ def test_an_interrupted_alignment_ends_like_one_that_was_not(renderer, camera, t
 
 
 def test_the_guard_keeps_the_last_state_that_is_not_much_worse(truth, images, camera, monkeypatch) -> None:
-    net, views = network(truth), TrainingViews.of(images, truth, camera)
+    net, views = network(truth, camera), TrainingViews.of(images, truth, camera)
     scores = iter([1.0, 1.05, 0.9, 1.2])  # at the start, then at three looks
     monkeypatch.setattr("posemap_fast.train.selection.validation_score", lambda *_: {"val_score": next(scores)})
     state = GuardedState(net, views, every=1, n_steps=3, tolerance=0.1)

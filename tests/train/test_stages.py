@@ -48,6 +48,16 @@ def parts(tiny_map, camera, poses, tmp_path):
     return online, views, net
 
 
+@pytest.fixture
+def posemap_parts(parts, poses, camera):
+    """As `parts`, with a network that solves for the pose from the PoseMap it predicts."""
+    online, views, _ = parts
+    channels, rows, cols = online.cache.posemaps.shape[1:]
+    predicted = {"posemap_channels": channels, "posemap_cells": (rows, cols), "posemap_width": 8}
+    config = APRConfig(input_size=(32, 32), pose_from="posemap", **predicted)
+    return online, views, build_aprnet(config, PoseFrame.from_poses(poses, "auto"), poses[0], camera=camera)
+
+
 def apr_stage(parts, weights: LossWeights, **changes) -> APRStage:
     online, views, net = parts
     config = APRTrainConfig(steps=4, batch=3, rvs_batch=2, replay_batch=2, weights=weights, **changes)
@@ -78,6 +88,37 @@ def test_posemap_loss_pulls_the_predicted_pose_through_the_map(parts) -> None:
     assert all(p.grad is None for p in online.nerfp.parameters())
 
 
+def test_a_predicted_posemap_is_compared_with_the_true_one_for_every_image_of_the_step(posemap_parts, monkeypatch):
+    """Replayed views too, and the renders at the training poses: each needs only the map at a pose that is known."""
+    online, _, net = posemap_parts
+    stage = apr_stage(posemap_parts, dataclasses.replace(OFF, image=1e-9, posemap=2.0, rvs=1.0, rvs_posemap=3.0))
+    for k in range(2):
+        drawn = stage._draw_views(k, torch.Generator().manual_seed(k))
+    index = torch.tensor([2, 0, 1])
+    seen: list[APROutput] = []
+    run = net.forward
+    monkeypatch.setattr(net, "forward", lambda *a, **b: seen.append(run(*a, **b)) or seen[-1])
+    losses = stage._losses(index, drawn, torch.Generator())
+    predicted = seen[0].posemap
+    assert len(predicted) == 3 + 3 + 4
+    known = torch.cat([online.cache.posemaps[index]] * 2)
+    at_random = stage._posemaps(drawn.poses)
+    for name, ours, true, weight in (
+        ("posemap", predicted[:6], known, 2.0),
+        ("rvs_posemap", predicted[6:], at_random, 3.0),
+    ):
+        torch.testing.assert_close(losses[name], weight * (ours - true).norm(dim=1).mean())
+    (losses["posemap"] + losses["rvs_posemap"]).backward()
+    moved = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"refiner.posemap.weight", "backbone.reduce.0.0.weight"} <= moved
+    assert not any(name.startswith(("head", "refiner.confidence", "refiner.spread")) for name in moved)
+    assert all(p.grad is None for p in online.nerfp.parameters())
+
+
+def test_a_network_that_solves_for_the_pose_continues_from_its_state(posemap_parts, tmp_path) -> None:
+    check_continuation(posemap_parts, tmp_path, {})
+
+
 def test_replayed_views_are_used_once_there_are_enough(parts) -> None:
     stage = apr_stage(parts, LossWeights())
     drawn = [stage._draw_views(k, torch.Generator().manual_seed(k)).poses.shape[0] for k in range(3)]
@@ -90,6 +131,10 @@ def test_replayed_views_are_used_once_there_are_enough(parts) -> None:
     ids=["plain", "average", "augmented"],
 )
 def test_stage_continues_from_its_state_like_an_uninterrupted_one(parts, tmp_path, changes) -> None:
+    check_continuation(parts, tmp_path, changes)
+
+
+def check_continuation(parts, tmp_path, changes) -> None:
     online, views, net = parts
     twin = copy.deepcopy(net)
     whole = apr_stage(parts, LossWeights(), **changes)
@@ -99,7 +144,7 @@ def test_stage_continues_from_its_state_like_an_uninterrupted_one(parts, tmp_pat
     first.step(0)
     first.step(1)
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    fresh = build_aprnet(net.config, net.pose_frame, seed=9)
+    fresh = build_aprnet(net.config, net.pose_frame, seed=9, camera=views.camera)
     second = apr_stage((online, views, fresh), LossWeights(), **changes)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     second.step(2)
