@@ -31,6 +31,7 @@ from posemap_fast.eval import (
     reliability,
     ssim,
     summarize,
+    widest,
     write_report,
     write_tum,
 )
@@ -53,7 +54,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-_FITTED_VIEWS = 256  # training images that the error model is fitted on
 _PICTURES = 6  # held-out views shown in the report
 _WORST = 4  # worst cases shown in the report
 
@@ -141,21 +141,25 @@ def model_errors(
 ) -> tuple[ErrorModel, Calibration]:
     """The error model of a network, and the calibration of its intervals.
 
-    It is fitted on training images and one half of the random views and calibrated on the other half and the validation
-    views: validation views alone lie near the training views and would promise too much elsewhere.
+    It is fitted on one half of the random views. Each factor is the larger of that which the other half and that which
+    the validation views ask for: validation views lie near the training views and alone would promise too much
+    elsewhere, random views are not photographs.
 
     Args:
         random: poses (n, 4, 4) and images (n, h, w, 3) uint8 that the network was not trained on.
     """
-    train, validation = views["train"], views["val"]
-    some = torch.arange(0, len(train), -(-len(train) // _FITTED_VIEWS), device=train.c2w.device)
-    known = _with_errors(net, train.images[some], train.c2w[some])
+    validation = views["val"]
     fresh = _with_errors(net, random[1], random[0])
-    checked = _with_errors(net, validation.images, validation.c2w)
-    fitted = [torch.cat([a, b[::2]]) for a, b in zip(known, fresh, strict=True)]
-    model = ErrorModel.fit(train.c2w, net.pose_frame, *fitted)
-    c2w, log_sigma, errors = (torch.cat([a, b[1::2]]) for a, b in zip(checked, fresh, strict=True))
-    return model, calibrate(errors[:, 0], errors[:, 1], model.sigma(c2w, log_sigma))
+    c2w, log_sigma, errors = (values[::2] for values in fresh)
+    train = views["train"].c2w
+    model = ErrorModel.fit(train, net.pose_frame, c2w, log_sigma, errors, with_distances=net.refiner is None)
+    calibrations = []
+    for c2w, log_sigma, errors in (
+        tuple(values[1::2] for values in fresh),
+        _with_errors(net, validation.images, validation.c2w),
+    ):
+        calibrations.append(calibrate(errors[:, 0], errors[:, 1], model.sigma(c2w, log_sigma)))
+    return model, widest(*calibrations)
 
 
 def _with_errors(

@@ -45,7 +45,8 @@ from posemap_fast.train import (
 __all__ = ["SceneStages", "read_scene"]
 
 logger = logging.getLogger(__name__)
-_UNSEEN_BATCH, _UNSEEN_BATCHES = 4, 24  # random views for the error model
+_UNSEEN_BATCH, _UNSEEN_BATCHES = 4, 48  # random views for the error model
+_UNSEEN_RANGE = 1.2  # relative to random view synthesis; they come from all distances up to it
 _MIN_VIEWS = 3  # training images that must see a cell for it to hold matter
 
 
@@ -243,7 +244,10 @@ class SceneStages:
         return net
 
     def unseen_views(self, online: OnlineMap, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Poses (n, 4, 4) and images (n, height, width, 3) uint8 of random views that no network was trained on."""
+        """Poses (n, 4, 4) and images (n, height, width, 3) uint8 of random views that no network was trained on.
+
+        From beside the training poses to a little beyond the range of random view synthesis, in that order.
+        """
         codes = online.nerfp.appearance_code(self.views["train"].histograms)
         source = RandomViewSource(
             online.nerfp,
@@ -259,7 +263,7 @@ class SceneStages:
         with self.timed("unseen_views"), self.meter.task("unseen views", total=_UNSEEN_BATCHES) as task:
             drawn = []
             for k in range(_UNSEEN_BATCHES):
-                drawn.append(source.draw(k))
+                drawn.append(source.draw(k, _UNSEEN_RANGE * (k + 1) / _UNSEEN_BATCHES))
                 task.update(k + 1)
         poses, images = zip(*drawn, strict=True)
         return torch.cat(poses), torch.cat(images)

@@ -147,9 +147,8 @@ class APRNet(nn.Module):
         return APROutput(refined.vector12, head12, c2w, refined.log_sigma, features, refined.posemap)
 
     def spread_parameters(self) -> list[nn.Parameter]:
-        """What `log_sigma` is read off with: it learns the errors and does not shape the poses."""
-        spread = self.head.spread if self.refiner is None else self.refiner.spread
-        return list(spread.parameters())
+        """What `log_sigma` is read off with: it learns the errors and does not shape the poses; none in the solver."""
+        return list(self.head.spread.parameters()) if self.refiner is None else []
 
     def regress(self, images: torch.Tensor) -> torch.Tensor:
         """Only the (B, 12) vectors: what an exported graph holds, free of the SVD where the pose is the head's."""

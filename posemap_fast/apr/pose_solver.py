@@ -30,7 +30,6 @@ class SolvedPose(NamedTuple):
     rotation: torch.Tensor  # (B, 3, 3) camera to scene
     position: torch.Tensor  # (B, 3)
     information: torch.Tensor  # (B, 6, 6) of (rotation, translation) in camera axes: J^T W J and the prior
-    residual: torch.Tensor  # (B,) weighted root mean square of |e_i|, radians
 
 
 def solve_pose(
@@ -68,7 +67,7 @@ def solve_pose(
     across = _plane(directions)  # (n, 2, 3)
     first, start = rotation, position
     step = torch.zeros_like(position)
-    information, offset = step, step
+    information = step
     for _ in range(iterations):
         local = (points - position[:, None]) @ rotation  # R^T (X - t), (B, n, 3)
         depth = (local * directions).sum(-1, keepdim=True)
@@ -84,9 +83,7 @@ def solve_pose(
         step = step * (_LONGEST_STEP / step.norm(dim=-1, keepdim=True).clamp(min=_LONGEST_STEP))
         position = position + torch.einsum("bij,bj->bi", rotation, step[:, 3:])
         rotation = rotation @ so3_exp(step[:, :3])
-    total = weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
-    residual = ((weights * offset.square().sum(-1).clamp(max=1)).sum(-1) / total).clamp(min=1e-12).sqrt()
-    return SolvedPose(rotation, position, information, residual)
+    return SolvedPose(rotation, position, information)
 
 
 def _plane(directions: torch.Tensor) -> torch.Tensor:

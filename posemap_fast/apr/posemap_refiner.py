@@ -30,8 +30,6 @@ _READOUT_HIDDEN = 128
 _FIT_STEPS, _FIT_CELLS, _FIT_RATE = 1000, 1024, 2e-3
 _FIT_CLIP = 1.0  # of a point's error relative to the size of the scene: floaters must not bend the readout
 _LEAST_OPACITY = 0.5  # a cell whose ray meets less has no point
-_SPREAD_HIDDEN = 16
-_N_SIGNS = 3  # log standard deviations of translation and rotation, log residual
 _ITERATIONS = 5
 _ROBUST_SCALE = 0.03  # radians
 _PRIOR = (
@@ -45,7 +43,7 @@ class RefinedPose(NamedTuple):
     vector12: torch.Tensor  # (B, 12) row-major [R | t] in the pose frame, R a rotation
     posemap: torch.Tensor  # (B, C, rows, cols) predicted
     points: torch.Tensor  # (B, rows * cols, 3) in the pose frame
-    log_sigma: torch.Tensor  # (B, 2), see `PoseHead.log_sigma`
+    log_sigma: torch.Tensor  # (B, 2) log standard deviations, as the confidences and where the points lie give them
 
 
 class PoseMapReadout(nn.Module):
@@ -150,7 +148,6 @@ class PoseMapRefiner(nn.Module):
         self.posemap = nn.Conv2d(2 * channels, posemap_channels, 1)
         self.confidence = nn.Conv2d(2 * channels, 1, 1)
         self.readout = PoseMapReadout(posemap_channels).requires_grad_(False)
-        self.spread = nn.Sequential(nn.Linear(_N_SIGNS, _SPREAD_HIDDEN), nn.ReLU(), nn.Linear(_SPREAD_HIDDEN, 2))
         self.directions: torch.Tensor
         self.precision: torch.Tensor
         self.register_buffer("directions", _directions(camera, cells), persistent=False)
@@ -186,7 +183,7 @@ class PoseMapRefiner(nn.Module):
                 scale=_ROBUST_SCALE,
             )
             refined = torch.cat([solved.rotation, solved.position[..., None]], dim=-1).flatten(1)
-            log_sigma = self.spread(_signs(solved.information.detach(), solved.residual.detach()))
+            log_sigma = _log_deviations(solved.information.detach())
         return RefinedPose(refined, posemap, points, log_sigma)
 
 
@@ -199,9 +196,8 @@ def _directions(camera: Camera, cells: tuple[int, int]) -> torch.Tensor:
     return camera_rays(camera, torch.eye(4), pixels)[1]
 
 
-def _signs(information: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """(B, 3) log standard deviations of translation and rotation from (B, 6, 6), and log residual (B,)."""
+def _log_deviations(information: torch.Tensor) -> torch.Tensor:
+    """(B, 2) log standard deviations of translation (pose-frame units) and rotation (radians) from (B, 6, 6)."""
     covariance = torch.linalg.inv_ex(information).inverse
     variances = covariance.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
-    logs = [variances[:, 3:].sum(-1).log() / 2, variances[:, :3].sum(-1).log() / 2, residual.clamp(min=1e-6).log()]
-    return torch.stack(logs, dim=-1)
+    return torch.stack([variances[:, 3:].sum(-1), variances[:, :3].sum(-1)], dim=-1).log() / 2

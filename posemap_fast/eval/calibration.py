@@ -16,7 +16,7 @@ import torch
 
 from posemap_fast.errors import ShapeError
 
-__all__ = ["LEVELS", "Calibration", "Reliability", "calibrate", "reliability"]
+__all__ = ["LEVELS", "Calibration", "Reliability", "calibrate", "reliability", "widest"]
 
 LEVELS = (0.5, 0.68, 0.9)  # shares of errors that the intervals are to hold
 
@@ -45,16 +45,19 @@ class Reliability:
     Attributes:
         coverage: level -> share of errors inside their interval.
         p90_all, p90_surest: 90th percentile of the error of all views, and of the half with the smallest sigma.
+        p90_best: of the half with the smallest errors, which no sigma can beat.
     """
 
     coverage: Mapping[float, float]
     p90_all: float
     p90_surest: float
+    p90_best: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         inside = {str(level): share for level, share in self.coverage.items()}
-        return {"coverage": inside, "p90_all": self.p90_all, "p90_surest_half": self.p90_surest}
+        parts = {"p90_all": self.p90_all, "p90_surest_half": self.p90_surest, "p90_best_half": self.p90_best}
+        return {"coverage": inside, **parts}
 
 
 def calibrate(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> Calibration:
@@ -68,6 +71,19 @@ def calibrate(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> 
     scores = (t_err.double() / sigma[:, 0].double(), r_err.double() / sigma[:, 1].double())
     translation, rotation = ({level: _quantile(s, level) for level in LEVELS if len(s)} for s in scores)
     return Calibration(translation, rotation, len(t_err))
+
+
+def widest(*calibrations: Calibration) -> Calibration:
+    """The largest factor of each level; empty calibrations have no say."""
+
+    def largest(kinds: list[Mapping[float, float]]) -> dict[float, float]:
+        return {level: max(k[level] for k in kinds if level in k) for level in LEVELS if any(level in k for k in kinds)}
+
+    return Calibration(
+        largest([c.translation for c in calibrations]),
+        largest([c.rotation for c in calibrations]),
+        sum(c.n_views for c in calibrations),
+    )
 
 
 def _quantile(scores: torch.Tensor, level: float) -> float:
@@ -85,9 +101,9 @@ def reliability(errors: torch.Tensor, sigma: torch.Tensor, factors: Mapping[floa
         )
     errors, sigma = errors.double(), sigma.double()
     coverage = {level: float((errors <= factor * sigma).double().mean()) for level, factor in factors.items()}
-    surest = sigma.argsort(stable=True)[: max(1, len(sigma) // 2)]
-    p90, p90_surest = (float(torch.quantile(part, 0.9)) for part in (errors, errors[surest]))
-    return Reliability(coverage, p90, p90_surest)
+    half = max(1, len(sigma) // 2)
+    parts = (errors, errors[sigma.argsort(stable=True)[:half]], errors.sort().values[:half])
+    return Reliability(coverage, *(float(torch.quantile(part, 0.9)) for part in parts))
 
 
 def _check(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> None:

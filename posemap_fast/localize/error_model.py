@@ -3,9 +3,9 @@
     log sigma = w . [1, log(d_t + e), log(d_R + e), log sigma_net]        one w for translation, one for rotation
 
 d_t and d_R are the distance (in units of the pose frame) and the angle (radians) from the predicted pose to the nearest
-training pose: a regressor knows the places it was trained at, and is worse between and beside them. The weights are
-fitted (Laplace likelihood) on training images, at which d is small and so are the errors, together with fresh random
-views, which are neither. Intervals are scaled by conformal quantiles on views that were not fitted on.
+training pose: a regressor knows the places it was trained at, and is worse between and beside them. One that solves
+for the pose from the scene that it sees is not, and is fitted without them. The weights are fitted (Laplace
+likelihood) on fresh random views from all distances; intervals are scaled by conformal quantiles on other views.
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ class ErrorModel:
 
     @classmethod
     def fit(
-        cls, train_c2w: torch.Tensor, frame: PoseFrame, c2w: torch.Tensor, log_sigma: torch.Tensor, errors: torch.Tensor
+        cls,
+        train_c2w: torch.Tensor,
+        frame: PoseFrame,
+        c2w: torch.Tensor,
+        log_sigma: torch.Tensor,
+        errors: torch.Tensor,
+        with_distances: bool = True,
     ) -> ErrorModel:
         """Model of the errors of some answers.
 
@@ -54,10 +60,13 @@ class ErrorModel:
             c2w: (n, 4, 4) answers.
             log_sigma: (n, 2) of the network, see `PoseHead.log_sigma`.
             errors: (n, 2) true errors in world units and degrees.
+            with_distances: False: d_t and d_R have weight 0.
         """
         step = -(-len(train_c2w) // _MAX_SUPPORT)
         blank = cls(train_c2w[::step].float().cpu(), torch.zeros(2, 4, dtype=torch.float64), frame.scale)
         inputs = blank._inputs(c2w, log_sigma)  # (n, 2, 4)
+        if not with_distances:
+            inputs[..., 1:3] = 0  # no gradient: their weights stay 0
         wanted = errors.double().cpu().clamp(min=1e-9)
         weights = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([weights], max_iter=_FIT_STEPS, line_search_fn="strong_wolfe")

@@ -131,6 +131,7 @@ class APRStage:
             self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         chosen_from = net if self.average is None else cast(APRNet, self.average.module)
         spread = {id(p) for p in net.spread_parameters()}
+        self.has_spread = len(spread) > 0
         self.clipped = [p for p in net.parameters() if id(p) not in spread]
         self.best = BestState(
             chosen_from, validation, config.validate_every, config.steps, first=round(config.select_from * config.steps)
@@ -198,7 +199,7 @@ class APRStage:
             )
         if rvs is not None:
             losses["rvs"] = weights.rvs * self._pose_loss(output, slice(n_features, None), rvs.poses)
-        if weights.sigma > 0:  # random views are new to the network: their errors are honest ones
+        if weights.sigma > 0 and self.has_spread:  # random views are new to the network: their errors are honest ones
             losses["sigma"] = weights.sigma * (
                 self._sigma_loss(output, slice(0, n), poses)
                 if rvs is None

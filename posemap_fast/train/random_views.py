@@ -97,14 +97,18 @@ class RandomViewSource:
         self.codes, self.image_size, self.n_views = codes, image_size, n_views
         self.appearance, self.seed, self.bank = appearance, seed, bank
 
-    def draw(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Poses (n_views, 4, 4) and images (n_views, h, w, 3) uint8 of step k."""
+    def draw(self, k: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Poses (n_views, 4, 4) and images (n_views, h, w, 3) uint8 of step k.
+
+        Args:
+            scale: multiplies the sampler's ranges; to be the same whenever a bank is asked for step k.
+        """
         device = self.sampler.c2w.device
         kept = None if self.bank is None else self.bank.get(k)
         if kept is not None:
             return kept[0].to(device), kept[1].to(device)
         generator = step_generator(self.seed, "rvs", k)
-        poses, source = self.sampler.draw(self.n_views, generator)
+        poses, source = self.sampler.draw(self.n_views, generator, scale)
         if self.appearance == "random":
             source = integers(generator, len(self.sampler.c2w), self.n_views, device)
         view = render_views(

@@ -129,11 +129,17 @@ def _reached(net: APRNet) -> set[str]:
     return {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-def test_log_sigma_teaches_the_spread_alone():
-    net = _network().train()
-    net(torch.rand(3, 3, 48, 64)).log_sigma.square().sum().backward()
-    reached = {id(p) for p in net.parameters() if p.grad is not None and p.grad.any()}
-    assert reached == {id(p) for p in net.spread_parameters()}
+def test_log_sigma_follows_the_confidences_and_teaches_nothing():
+    net = _network().eval()
+    images = torch.rand(3, 3, 48, 64)
+    with torch.no_grad():
+        before = net(images).log_sigma
+        net.refiner.confidence.bias += 20
+        after = net(images).log_sigma
+    assert not net(images).log_sigma.requires_grad
+    assert net.spread_parameters() == []
+    assert (after < before).all()
+    assert (after[:, 0] < before[:, 0] - 1).all()
 
 
 def test_the_head_learns_from_its_own_loss_alone():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posemap_fast.errors import ShapeError
-from posemap_fast.eval import calibrate, reliability
+from posemap_fast.eval import Calibration, calibrate, reliability, widest
 from posemap_fast.eval.calibration import LEVELS
 
 
@@ -77,11 +77,21 @@ def test_coverage_and_sharpness_by_hand() -> None:
     assert found.coverage == {0.5: 0.25, 0.9: 0.75}  # 1 <= 4; and 2 <= 2, 3 <= 4: a bound that is met counts
     assert found.p90_all == pytest.approx(3 + 0.7 * 7)
     assert found.p90_surest == pytest.approx(2.9)
+    assert found.p90_best == pytest.approx(1.9)  # of 1 and 2
     assert found.to_dict() == {
         "coverage": {"0.5": 0.25, "0.9": 0.75},
         "p90_all": found.p90_all,
         "p90_surest_half": found.p90_surest,
+        "p90_best_half": found.p90_best,
     }
+
+
+def test_the_widest_factor_of_each_level_and_empty_calibrations_have_no_say() -> None:
+    first = Calibration({0.5: 1.0, 0.9: 4.0}, {0.5: 2.0, 0.9: 3.0}, 5)
+    second = Calibration({0.5: 2.0, 0.9: 3.0}, {0.5: 1.0, 0.9: 1.0}, 7)
+    found = widest(first, Calibration({}, {}, 0), second)
+    assert found == Calibration({0.5: 2.0, 0.9: 4.0}, {0.5: 2.0, 0.9: 3.0}, 12)
+    assert widest(Calibration({}, {}, 0)) == Calibration({}, {}, 0)
 
 
 def test_the_surest_half_is_better_where_sigma_tells_something_and_not_where_it_does_not() -> None:

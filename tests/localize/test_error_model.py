@@ -68,6 +68,16 @@ def test_fit_finds_the_law_that_errors_follow() -> None:
     assert float((ratio.log()).abs().mean()) < 0.05
 
 
+def test_without_distances_they_have_no_say() -> None:
+    generator = torch.Generator().manual_seed(3)
+    log_sigma = torch.randn(500, 2, generator=generator)
+    errors = (log_sigma.double() * 0.8 + 0.5).exp()
+    asked = poses(500, 2)
+    found = ErrorModel.fit(poses(9, 1), FRAME, asked, log_sigma, errors, with_distances=False)
+    assert not found.weights[:, 1:3].any()
+    torch.testing.assert_close(found.sigma(asked, log_sigma), errors, rtol=0.02, atol=0)
+
+
 def test_many_training_poses_are_thinned_evenly() -> None:
     found = ErrorModel.fit(poses(2500, 0), FRAME, poses(20, 1), torch.zeros(20, 2), torch.ones(20, 2))
     assert torch.equal(found.support, poses(2500, 0)[::3].float())

@@ -48,7 +48,7 @@ def regressor(metrics: dict[str, Any] | None = None, errors: ErrorModel | None =
     config = APRConfig(input_size=(48, 64), **network)
     net = build_aprnet(config, POSE_FRAME, camera=CAMERA)
     with torch.no_grad():
-        net.spread_parameters()[2].normal_(generator=torch.Generator().manual_seed(1))
+        net.head.spread[2].weight.normal_(generator=torch.Generator().manual_seed(1))
     return PoseRegressor(net, config, CAMERA, {"calibration": CALIBRATION} if metrics is None else metrics, errors)
 
 

@@ -187,3 +187,10 @@ def test_random_light_is_that_of_any_training_image(source, monkeypatch) -> None
 
 def test_a_map_without_codes_is_rendered_without(source) -> None:
     assert same(source(codes=None, appearance="random").draw(0), source(codes=None).draw(0))
+
+
+def test_a_scale_of_zero_keeps_to_the_way_between_training_poses(source) -> None:
+    views = source()
+    near, far = (views.draw(0, scale)[0] for scale in (0.0, 1.0))
+    expected, _ = views.sampler.draw(len(near), random_views.step_generator(0, "rvs", 0), 0.0)
+    assert torch.equal(near, expected) and not torch.equal(near, far)
