@@ -2,9 +2,10 @@
 
     config file -> rows;  row, scene, seed -> map (shared by all rows with the same map) -> network -> errors on test
 
-Everything that does not differ between two rows is done once: a map belongs to the part of the configuration that
-decides it, and the random views that networks train on are kept beside the map (`train.random_views`). What a row
-adds is one network, so the rows of one seed differ in nothing but what they say.
+Everything that does not differ between two rows is done once: a field (stage 1) and a map (with its pose branch) belong
+to the parts of the configuration that decide them, and the random views that networks train on are kept beside the
+field (`train.random_views`). What a row adds is one network, so the rows of one seed differ in nothing but what they
+say.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class _SceneRunner:
     def __init__(self, identity: str, name: str, seed: int, out: Path, meter: ProgressMeter):
         self.identity, self.name, self.seed, self.meter = identity, name, seed, meter
         self.folder = out / name / f"seed{seed}"
-        self._loaded: tuple[str, SceneStages, SceneMap, OnlineMap] | None = None
+        self._loaded: tuple[str, Path, SceneStages, SceneMap, OnlineMap] | None = None
 
     def run(self, name: str, row: AblationRow, config: ExperimentConfig) -> list[RowResult]:
         """Results of a row: of the network, and of the aligned one where the row asks for it."""
@@ -166,43 +167,53 @@ class _SceneRunner:
         return [RowResult(**entry) for entry in stored["results"]]
 
     def _train_row(self, name: str, row: AblationRow, config: ExperimentConfig) -> dict[str, Any]:
-        key, stages, scene_map, online = self._map(config)
+        key, field_folder, stages, scene_map, online = self._map(config)
         stages.config = config
         apr = config.apr
         views = _digest([to_dict(config.rvs), apr.rvs_batch, apr.render_scale, apr.steps, config.data.network_side])
-        online.bank = self.folder / "maps" / key / "views" / views
+        online.bank = field_folder / "views" / views
         network = _digest([key, to_dict(config.apr), to_dict(config.network)])
         stages.folder = self.folder / "networks" / network  # rows that differ in their alignment only share it
         net = stages.network("apr", config.apr, online, scene_map.pose_frame)
         entries = [self._score(name, net, stages, stages.seconds["apr"])]
+        has_unlabelled = len(stages.views["unlabelled"]) > 0
+        if row.align and has_unlabelled:
+            entries.append(self._score(f"{name}, on the unlabelled frames", net, stages, 0.0, "unlabelled"))
         if row.align:
             stages.config = dataclasses.replace(config, protocol=row.align)
             stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
             stages.seconds.pop("align", None)
             aligned = stages.align(net, online)
             entries.append(self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0)))
+            if has_unlabelled:
+                label = f"{name}, aligned, on the unlabelled frames"
+                entries.append(self._score(label, aligned, stages, 0.0, "unlabelled"))
         extra = {"map": key, "map_seconds": {k: round(v, 1) for k, v in stages.seconds.items() if k in _MAP_PARTS}}
         return extra | {"results": [*self._baselines(stages), *entries]} | _origin()
 
-    def _map(self, config: ExperimentConfig) -> tuple[str, SceneStages, SceneMap, OnlineMap]:
-        """The map that this configuration asks for: kept, read, or trained."""
+    def _map(self, config: ExperimentConfig) -> tuple[str, Path, SceneStages, SceneMap, OnlineMap]:
+        """The map that this configuration asks for: kept, read, or trained; its key, and the folder of its field."""
         scene = read_scene(self.identity, config.data)
         key = _digest([scene.fingerprint, map_part(config)])
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded
+        field_folder = self.folder / "fields" / _digest([scene.fingerprint, field_part(config)])
         folder = self.folder / "maps" / key
         log = MetricsLog(folder / "metrics.jsonl")
-        stages = SceneStages(scene, config, self.seed, folder, log, self.meter)
+        stages = SceneStages(scene, config, self.seed, field_folder, log, self.meter)
         scene_map, _ = stages.field(stages.frame())
+        stages.folder = folder
         sampler = stages.sampler(scene_map)
         stages.pose_branch(scene_map, sampler)
         online = stages.online_map(scene_map, sampler)
-        self._loaded = (key, stages, scene_map, online)
+        self._loaded = (key, field_folder, stages, scene_map, online)
         return self._loaded
 
-    def _score(self, name: str, net: APRNet, stages: SceneStages, seconds: float) -> dict[str, Any]:
-        test = stages.views["test"]
-        return self._entry(name, predict_poses(net, test.images).cpu(), stages.scene, seconds)
+    def _score(
+        self, name: str, net: APRNet, stages: SceneStages, seconds: float, split: str = "test"
+    ) -> dict[str, Any]:
+        answer = predict_poses(net, stages.views[split].images).cpu()
+        return self._entry(name, answer, stages.scene, seconds, split)
 
     def _baselines(self, stages: SceneStages) -> list[dict[str, Any]]:
         scene, views = stages.scene, stages.views
@@ -212,8 +223,10 @@ class _SceneRunner:
         answers = zip(_BASELINES, (mean_pose(train).expand(n_test, 4, 4), nearest), strict=True)
         return [self._entry(name, answer, scene, 0.0) for name, answer in answers]
 
-    def _entry(self, name: str, answer: torch.Tensor, scene: Scene, seconds: float) -> dict[str, Any]:
-        truth, train = scene.c2w[scene.views("test")], scene.c2w[scene.views("train")]
+    def _entry(
+        self, name: str, answer: torch.Tensor, scene: Scene, seconds: float, split: str = "test"
+    ) -> dict[str, Any]:
+        truth, train = scene.c2w[scene.views(split)], scene.c2w[scene.views("train")]
         t_err, r_err = pose_errors(answer.double(), truth)
         return {
             "row": name,
@@ -235,6 +248,13 @@ def map_part(config: ExperimentConfig) -> dict[str, Any]:
     parts = {key: to_dict(getattr(config, key)) for key in ("data", "field", "render", "nerf", "rvs", "posemap")}
     sizes = {"render_scale": config.apr.render_scale, "input_size": config.network.input_size}
     return parts | sizes | {"pose_scale": config.pose_scale, "device": config.device}
+
+
+def field_part(config: ExperimentConfig) -> dict[str, Any]:
+    """What decides stage 1: maps that agree in it share a field and its pictures."""
+    parts = {key: to_dict(getattr(config, key)) for key in ("data", "field", "render", "nerf")}
+    parts["field"] = {key: value for key, value in parts["field"].items() if not key.startswith("pose_")}
+    return parts | {"pose_scale": config.pose_scale, "device": config.device}
 
 
 def _digest(value: Any) -> str:

@@ -50,7 +50,9 @@ rows:
   no posemap: {set: [apr.weights.posemap=0, apr.weights.rvs_posemap=0], note: neither L_posemap}
   fewer views: {set: [apr.rvs_batch=1]}
   of features: {set: [field.pose_branch=features]}
+  finer: {set: [field.n_levels=6]}
   with stage 4: {align: transductive}
+  on every second: {align: inductive, set: [data.unlabelled_every=2]}
 """
 BASELINES = ["mean training pose", "nearest training view"]
 
@@ -123,7 +125,8 @@ def test_rows_share_the_map_and_the_random_views(finished: Finished) -> None:
     maps = list((finished.out / "room" / "seed0" / "maps").iterdir())
     assert [found.name for found in maps] == [stored(finished.out, "full")["map"]]
     assert stored(finished.out, "no_posemap")["map"] == maps[0].name
-    assert len(list((maps[0] / "views").iterdir())) == 1
+    fields = list((finished.out / "room" / "seed0" / "fields").iterdir())
+    assert len(fields) == 1 and len(list((fields[0] / "views").iterdir())) == 1
     assert finished.n_renders == 4  # one per step, by the first of the two networks
 
 
@@ -143,10 +146,35 @@ def test_second_call_trains_nothing_and_prints_the_same(finished: Finished, copy
     assert (copy / "results.json").read_text() == finished.printed
 
 
-def test_a_row_with_another_field_has_a_map_of_its_own(finished: Finished, copy: Path) -> None:
+def test_a_row_with_another_pose_branch_has_a_map_of_its_own_on_the_same_field(finished, copy: Path, tmp_path) -> None:
+    alone = tmp_path / "alone"
     assert ablate(finished, copy, "of features") == 0
     assert stored(copy, "of_features")["map"] != stored(copy, "full")["map"]
     assert len(list((copy / "room" / "seed0" / "maps").iterdir())) == 2
+    assert len(list((copy / "room" / "seed0" / "fields").iterdir())) == 1
+    assert ablate(finished, alone, "of features") == 0
+    assert errors_of(copy, "of features") == errors_of(alone, "of features")
+
+
+def test_a_row_with_another_field_has_all_of_its_own(finished: Finished, copy: Path) -> None:
+    assert ablate(finished, copy, "finer") == 0
+    assert len(list((copy / "room" / "seed0" / "maps").iterdir())) == 2
+    assert len(list((copy / "room" / "seed0" / "fields").iterdir())) == 2
+
+
+def test_an_aligned_row_is_also_scored_on_the_unlabelled_frames(finished: Finished, copy: Path) -> None:
+    assert ablate(finished, copy, "on every second") == 0
+    rows = {entry["row"]: entry for entry in stored(copy, "on_every_second")["results"]}
+    name = "on every second"
+    assert list(rows) == [
+        *BASELINES,
+        name,
+        f"{name}, on the unlabelled frames",
+        f"{name}, aligned",
+        f"{name}, aligned, on the unlabelled frames",
+    ]
+    n = [len(entry["t_err"]) for entry in rows.values()]
+    assert n == [2, 2, 2, 26, 2, 26]  # `room` brings 24 unlabelled views, here two of its four test views join them
 
 
 def test_stage_4_goes_on_from_the_network_of_another_row(finished: Finished, copy: Path, monkeypatch) -> None:
@@ -172,7 +200,8 @@ def test_a_row_with_other_random_views_is_the_same_in_company(finished: Finished
 def test_rows_with_other_random_views_keep_theirs_apart(finished: Finished, copy: Path) -> None:
     (copy / "room" / "seed0" / "rows" / "full.json").unlink()
     assert ablate(finished, copy, "full,fewer views") == 0
-    views = copy / "room" / "seed0" / "maps" / stored(copy, "full")["map"] / "views"
+    (field,) = (copy / "room" / "seed0" / "fields").iterdir()
+    views = field / "views"
     assert len(list(views.iterdir())) == 2
 
 
