@@ -14,14 +14,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median
 from typing import Any, Literal
 
 import torch
 
+from posemap_fast.ablation_results import PictureResult, RowResult
 from posemap_fast.apr import APRNet
 from posemap_fast.config import load_config, to_dict
 from posemap_fast.data import Scene
@@ -32,11 +32,11 @@ from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import SceneMap
 from posemap_fast.progress import ProgressMeter
-from posemap_fast.results import environment, git_commit
+from posemap_fast.results import environment, git_commit, render_test_views
 from posemap_fast.stages import SceneStages, read_scene
 from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
 
-__all__ = ["Ablation", "AblationRow", "RowResult", "load_ablation", "run_ablation", "summarize_rows"]
+__all__ = ["Ablation", "AblationRow", "load_ablation", "run_ablation"]
 
 logger = logging.getLogger(__name__)
 _SCHEMA = 1
@@ -62,6 +62,7 @@ class Ablation:
     set: tuple[str, ...] = ()  # overrides common to all rows
     rows: dict[str, AblationRow] = field(default_factory=dict)
     reference: str = ""  # row that the others are compared with; empty = the first
+    measure: Literal["poses", "pictures"] = "poses"  # pictures: only the field is trained, and its renders are judged
     outliers: int = 0  # also score this many views farthest from the training cameras' clusters (paper, table 4)
 
     def __post_init__(self) -> None:
@@ -74,25 +75,6 @@ class Ablation:
     def reference_row(self) -> str:
         """Name of the row that the others are compared with."""
         return self.reference or next(iter(self.rows))
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """One row on one scene with one seed; errors per test view in the order of the scene's test split."""
-
-    row: str
-    scene: str
-    seed: int
-    t_err: list[float]  # scene units
-    r_err_deg: list[float]
-    far_order: list[int]  # test views, farthest from the training cameras first (`eval.outlier_order`)
-    seconds: float  # of training the network
-    metric: bool
-
-    @property
-    def medians(self) -> tuple[float, float]:
-        """Median translation and rotation error."""
-        return median(self.t_err), median(self.r_err_deg)
 
 
 def load_ablation(path: Path) -> Ablation:
@@ -119,7 +101,7 @@ def run_ablation(
     *,
     rows: Sequence[str] = (),
     overrides: Sequence[str] = (),
-) -> list[RowResult]:
+) -> list[RowResult] | list[PictureResult]:
     """Train what is missing and return all results, those of earlier calls included.
 
     Args:
@@ -135,14 +117,14 @@ def run_ablation(
         if name not in ablation.rows:
             raise ConfigError(f"--rows: no row '{name}' (rows: {', '.join(ablation.rows)})")
     jobs = [(scene, seed) for scene in scenes for seed in seeds]
-    results: list[RowResult] = []
+    results: list[Any] = []
     for scene, seed in jobs:
         runner = _SceneRunner(scenes[scene], scene, seed, out, meter)
         for name in wanted:
             row = ablation.rows[name]
             config = load_experiment(ablation.preset, (), [*ablation.set, *row.set, *overrides]).resolved()
             meter.note(f"{scene}, seed {seed}: {name}")
-            results += runner.run(name, row, config)
+            results += runner.run(name, row, config) if ablation.measure == "poses" else runner.judge(name, config)
     return results
 
 
@@ -156,15 +138,47 @@ class _SceneRunner:
 
     def run(self, name: str, row: AblationRow, config: ExperimentConfig) -> list[RowResult]:
         """Results of a row: of the network, and of the aligned one where the row asks for it."""
+        stored = self._stored(name, config, {"align": row.align}, lambda: self._train_row(name, row, config))
+        return [RowResult(**entry) for entry in stored["results"]]
+
+    def judge(self, name: str, config: ExperimentConfig) -> list[PictureResult]:
+        """The result of a row's field."""
+        stored = self._stored(name, config, {"measure": "pictures"}, lambda: self._train_field(name, config))
+        return [PictureResult(**entry) for entry in stored["results"]]
+
+    def _stored(
+        self, name: str, config: ExperimentConfig, further: dict[str, Any], train: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The file of a row, made by `train` when it is not there."""
         if config.threads:
             torch.set_num_threads(config.threads)
         path = self.folder / "rows" / f"{_file_name(name)}.json"
-        identity = {"config": to_dict(config), "align": row.align, "identity": self.identity}
+        identity = {"config": to_dict(config), "identity": self.identity, **further}
         stored = _read_row(path, identity)
         if stored is None:
-            stored = self._train_row(name, row, config) | {"schema": _SCHEMA, "row": name, **identity}
+            stored = train() | {"schema": _SCHEMA, "row": name, **identity}
             write_text(path, json.dumps(stored, indent=1) + "\n")
-        return [RowResult(**entry) for entry in stored["results"]]
+        return stored
+
+    def _train_field(self, name: str, config: ExperimentConfig) -> dict[str, Any]:
+        scene = read_scene(self.identity, config.data)
+        folder = self._field_folder(scene, config)
+        stages = SceneStages(scene, config, self.seed, folder, MetricsLog(folder / "metrics.jsonl"), self.meter)
+        scene_map, stage = stages.field(stages.frame())
+        pictures = render_test_views(scene_map, stages.views["test"], self.meter)
+        entry = {
+            "row": name,
+            "scene": self.name,
+            "seed": self.seed,
+            "psnr_db": [round(v, 4) for v in pictures.psnr_db],
+            "ssim": [round(v, 5) for v in pictures.ssim],
+            "seconds": round(stages.seconds["field"], 1),
+            "samples_per_ray": round(stage.totals["samples"] / max(1.0, stage.totals["rays"]), 2),
+        }
+        return {"results": [entry]} | _origin()
+
+    def _field_folder(self, scene: Scene, config: ExperimentConfig) -> Path:
+        return self.folder / "fields" / _digest([scene.fingerprint, field_part(config)])
 
     def _train_row(self, name: str, row: AblationRow, config: ExperimentConfig) -> dict[str, Any]:
         key, field_folder, stages, scene_map, online = self._map(config)
@@ -197,7 +211,7 @@ class _SceneRunner:
         key = _digest([scene.fingerprint, map_part(config)])
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded
-        field_folder = self.folder / "fields" / _digest([scene.fingerprint, field_part(config)])
+        field_folder = self._field_folder(scene, config)
         folder = self.folder / "maps" / key
         log = MetricsLog(folder / "metrics.jsonl")
         stages = SceneStages(scene, config, self.seed, field_folder, log, self.meter)
@@ -286,43 +300,3 @@ def _read_row(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         if stored.get(key) != json.loads(json.dumps(value)):
             raise ConfigError(f"{path}: was made with another {key}; choose another --out, or remove it")
     return stored
-
-
-def summarize_rows(results: Sequence[RowResult], reference: str, outliers: int = 0) -> Iterator[dict[str, Any]]:
-    """One summary per scene and row: medians over the seeds of the medians over the views, their spread, the ratio.
-
-    Yields:
-        scene, row, n_seeds, median_t, spread_t (half the range over seeds), median_r_deg, spread_r_deg, seconds,
-        ratio_t, ratio_r (this row's median over the reference's), metric; with `outliers` also outlier_t and
-        outlier_r_deg, mean errors on that many views farthest from the training cameras (paper, table 4).
-    """
-    groups: dict[tuple[str, str], dict[int, RowResult]] = {}
-    for result in results:  # a baseline comes with every row; one per seed is enough
-        groups.setdefault((result.scene, result.row), {})[result.seed] = result
-    middle = {key: _over_seeds(list(group.values()), outliers) for key, group in groups.items()}
-    for (scene, row), values in middle.items():
-        base = middle.get((scene, reference), values)
-        ratios = {
-            "ratio_t": values["median_t"] / max(base["median_t"], 1e-12),
-            "ratio_r": values["median_r_deg"] / max(base["median_r_deg"], 1e-12),
-        }
-        yield {"scene": scene, "row": row, **values, **ratios}
-
-
-def _over_seeds(results: Sequence[RowResult], outliers: int) -> dict[str, Any]:
-    t, r = zip(*(result.medians for result in results), strict=True)
-    far = {}
-    if outliers:
-        views = [(result, result.far_order[:outliers]) for result in results]
-        far["outlier_t"] = median(mean(r.t_err[i] for i in index) for r, index in views)
-        far["outlier_r_deg"] = median(mean(r.r_err_deg[i] for i in index) for r, index in views)
-    return {
-        "n_seeds": len(results),
-        "median_t": median(t),
-        "spread_t": (max(t) - min(t)) / 2,
-        "median_r_deg": median(r),
-        "spread_r_deg": (max(r) - min(r)) / 2,
-        "seconds": median(result.seconds for result in results),
-        "metric": results[0].metric,
-        **far,
-    }

@@ -6,7 +6,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ __all__ = [
     "model_errors",
     "print_table",
     "reliability_of",
+    "render_test_views",
     "summarize_run",
     "write_files",
 ]
@@ -98,6 +99,32 @@ def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, i
     return render_views(scene_map.renderer, scene_map.nerfp, pose, scene_map.camera, appearance=codes, background=0.5)
 
 
+class HeldOutPictures(NamedTuple):
+    """What the map shows at the true poses of the test views."""
+
+    psnr_db: list[float]  # per view
+    ssim: list[float]
+    renders: torch.Tensor  # (n, H, W, 3) uint8
+    posemaps: torch.Tensor  # (n, C, rows, cols)
+
+
+@torch.no_grad()
+def render_test_views(scene_map: SceneMap, test: TrainingViews, meter: ProgressMeter) -> HeldOutPictures:
+    """Render every test view, in the light of its own image, and compare it with that image."""
+    psnrs, ssims, renders, posemaps = [], [], [], []
+    with meter.task("evaluate", total=len(test)) as task:
+        for i in range(len(test)):
+            view = render_batch(scene_map, test.c2w[i], test, i)
+            image = test.images[i].float() / 255
+            psnrs.append(psnr_db(view.rgb[0], image))
+            ssims.append(ssim(view.rgb[0], image))
+            renders.append((view.rgb[0] * 255).round().to(torch.uint8).cpu())
+            assert view.posemap is not None
+            posemaps.append(view.posemap[0])
+            task.update(i + 1, psnr_db=psnrs[-1])
+    return HeldOutPictures(psnrs, ssims, torch.stack(renders), torch.stack(posemaps))
+
+
 @torch.no_grad()
 def evaluate(
     scene_map: SceneMap,
@@ -110,19 +137,8 @@ def evaluate(
     """Render every test view and let every method answer for every test image; `random` as in `model_errors`."""
     train, test = views["train"], views["test"]
     truth = scene.c2w[scene.views("test")]
-    psnrs, ssims, renders, posemaps = [], [], [], []
-    with meter.task("evaluate", total=len(test)) as task:
-        for i in range(len(test)):
-            view = render_batch(scene_map, test.c2w[i], test, i)
-            image = test.images[i].float() / 255
-            psnrs.append(psnr_db(view.rgb[0], image))
-            ssims.append(ssim(view.rgb[0], image))
-            renders.append((view.rgb[0] * 255).round().to(torch.uint8).cpu())
-            assert view.posemap is not None
-            posemaps.append(view.posemap[0])
-            task.update(i + 1, psnr_db=psnrs[-1])
-    maps = torch.stack(posemaps)
-    decoded = scene_map.pose_frame.decode(scene_map.decoder(maps)).cpu()
+    pictures = render_test_views(scene_map, test, meter)
+    decoded = scene_map.pose_frame.decode(scene_map.decoder(pictures.posemaps)).cpu()
     train_c2w = scene.c2w[scene.views("train")]
     answers = {
         "decoder": decoded,
@@ -133,7 +149,8 @@ def evaluate(
     errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
     model, calibration = model_errors(nets["aligned"], views, random)
     trust = reliability_of(nets["aligned"], model, calibration, test)
-    return Outcome(psnrs, ssims, torch.stack(renders), maps.cpu(), errors, model, calibration, trust)
+    maps = pictures.posemaps.cpu()
+    return Outcome(pictures.psnr_db, pictures.ssim, pictures.renders, maps, errors, model, calibration, trust)
 
 
 def model_errors(

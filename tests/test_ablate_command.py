@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from posemap_fast import ablation
-from posemap_fast.ablation import Ablation, AblationRow, RowResult, load_ablation, summarize_rows
+from posemap_fast.ablation import Ablation, AblationRow, load_ablation
+from posemap_fast.ablation_results import PictureResult, RowResult, summarize_pictures, summarize_rows
 from posemap_fast.cli import main
 from posemap_fast.commands import ablate as command
 from posemap_fast.errors import ConfigError
@@ -400,3 +401,55 @@ def test_the_first_row_is_the_reference_unless_one_is_named() -> None:
     assert Ablation(rows=rows).reference_row == "b" and Ablation(rows=rows, reference="a").reference_row == "a"
     with pytest.raises(ConfigError, match="at least one row"):
         Ablation()
+
+
+PICTURES = """\
+title: fields
+measure: pictures
+reference: plain
+rows:
+  plain: {set: [field.appearance_dim=0]}
+  lit: {}
+"""
+
+
+def test_pictures_are_judged_without_a_network(finished: Finished, tmp_path: Path, capsys, monkeypatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("no network is asked for")
+
+    monkeypatch.setattr(APRStage, "step", forbidden)
+    common = TEXT[TEXT.index("preset") : TEXT.index("reference")]
+    file = tmp_path / "pictures.yaml"
+    file.write_text(common + PICTURES, encoding="utf-8")
+    words = ["ablate", str(file), "--out", str(tmp_path / "out"), "--markdown", str(tmp_path / "t.md"), "--quiet"]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    plain, lit = report["rows"]
+    assert (plain["row"], lit["row"], plain["gain_db"]) == ("plain", "lit", 0.0)
+    assert lit["gain_db"] == lit["psnr_db"] - plain["psnr_db"] != 0
+    assert all(row["psnr_db"] > 3 and 0 < row["ssim"] < 1 and row["samples_per_ray"] > 0 for row in (plain, lit))
+    assert "PSNR (dB)" in (tmp_path / "t.md").read_text()
+    before = capsys.readouterr().out
+    monkeypatch.setattr(ablation, "read_scene", forbidden)
+    assert main(words) == 0
+    assert capsys.readouterr().out == before
+
+
+def test_summary_of_pictures_by_hand() -> None:
+    def of(row: str, seed: int, psnr: list[float], seconds: float) -> PictureResult:
+        return PictureResult(row, "a", seed, psnr, [0.5, 0.7], seconds, 20.0)
+
+    results = [of("x", 0, [20.0, 22.0], 5.0), of("x", 1, [24.0, 26.0], 9.0), of("x", 2, [21.0, 23.0], 7.0)]
+    x, y = summarize_pictures([*results, of("y", 0, [25.0, 25.0], 1.0)], "x")
+    assert x == {
+        "scene": "a",
+        "row": "x",
+        "n_seeds": 3,
+        "psnr_db": 22.0,
+        "spread_db": 2.0,
+        "ssim": pytest.approx(0.6),
+        "seconds": 7.0,
+        "samples_per_ray": 20.0,
+        "gain_db": 0.0,
+    }
+    assert (y["row"], y["gain_db"]) == ("y", 3.0)

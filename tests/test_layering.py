@@ -24,7 +24,20 @@ RANKS = {  # first part of the module's name below the package -> rank
     "ops": 2,
     **dict.fromkeys(["fields", "render", "apr", "losses", "data", "backends"], 3),
     **dict.fromkeys(["train", "localize", "eval"], 4),
-    **dict.fromkeys(["environment", "experiment", "run_dir", "results", "pipeline", "stages", "ablation", "suite"], 5),
+    **dict.fromkeys(
+        [
+            "environment",
+            "experiment",
+            "run_dir",
+            "results",
+            "pipeline",
+            "stages",
+            "ablation",
+            "ablation_results",
+            "suite",
+        ],
+        5,
+    ),
     "commands": 6,
     **dict.fromkeys(["cli", "bench"], 7),
 }

@@ -7,14 +7,15 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from posemap_fast.ablation import Ablation, load_ablation, run_ablation, summarize_rows
+from posemap_fast.ablation import Ablation, load_ablation, run_ablation
+from posemap_fast.ablation_results import summarize_pictures, summarize_rows
 from posemap_fast.commands.base import COMMANDS, Command
 from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.files import write_text
@@ -37,6 +38,7 @@ CONFIG is a YAML file, or the name of one that comes with the package (configs/a
     full: {}
     without L_posemap: {set: [apr.weights.posemap=0]}
     aligned: {align: inductive}       also align on unlabelled frames, and score that
+With `measure: pictures` only the fields are trained, and their renders at the test poses are judged.
 """
 _EXAMPLE = """\
 examples:
@@ -79,7 +81,7 @@ def ablate(options: argparse.Namespace) -> int:
     rows = [row.strip() for row in (options.rows or "").split(",") if row.strip()]
     meter = make_progress(options.quiet)
     results = run_ablation(ablation, scenes, seeds, out, meter, rows=rows, overrides=options.set)
-    summary = list(summarize_rows(results, ablation.reference_row, ablation.outliers))
+    summary = list(_summaries(ablation, results))
     report = {"schema": 1, "title": ablation.title, "seeds": seeds, "rows": summary, "commit": git_commit()}
     write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
     console = Console() if sys.stdout.isatty() else Console(width=140)
@@ -121,10 +123,27 @@ def _named_scene(text: str, folder: Path = Path()) -> tuple[str, str]:
     return name or (path.parent.name if path.is_file() else path.name), str(path)
 
 
+def _summaries(ablation: Ablation, results: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    if ablation.measure == "pictures":
+        return summarize_pictures(results, ablation.reference_row)
+    return summarize_rows(results, ablation.reference_row, ablation.outliers)
+
+
 _COLUMNS = ("row", "median t", "median r (deg)", "ratio t", "ratio r", "seconds", "seeds")
+_PICTURE_COLUMNS = ("row", "PSNR (dB)", "gain (dB)", "SSIM", "samples per ray", "seconds", "seeds")
 
 
-def _cells(row: dict[str, Any], outliers: int) -> list[str]:
+def _cells(ablation: Ablation, row: dict[str, Any]) -> list[str]:
+    if ablation.measure == "pictures":
+        return [
+            row["row"],
+            f"{row['psnr_db']:.2f} ± {row['spread_db']:.2f}",
+            f"{row['gain_db']:+.2f}",
+            f"{row['ssim']:.3f}",
+            f"{row['samples_per_ray']:.1f}",
+            f"{row['seconds']:.0f}",
+            str(row["n_seeds"]),
+        ]
     unit = "m" if row["metric"] else "u"
     cells = [
         row["row"],
@@ -135,22 +154,36 @@ def _cells(row: dict[str, Any], outliers: int) -> list[str]:
         f"{row['seconds']:.0f}" if row["seconds"] else "-",
         str(row["n_seeds"]),
     ]
-    if outliers:
+    if ablation.outliers:
         cells.append(f"{row['outlier_t']:.3f} {unit} / {row['outlier_r_deg']:.2f}")
     return cells
 
 
-def _columns(outliers: int) -> list[str]:
-    return [*_COLUMNS, *([f"mean of the {outliers} farthest"] if outliers else [])]
+def _columns(ablation: Ablation) -> list[str]:
+    if ablation.measure == "pictures":
+        return list(_PICTURE_COLUMNS)
+    return [*_COLUMNS, *([f"mean of the {ablation.outliers} farthest"] if ablation.outliers else [])]
 
 
 def _table(ablation: Ablation, rows: Sequence[dict[str, Any]], scene: str) -> Table:
     table = Table(title=f"{scene}: {ablation.title} (reference: {ablation.reference_row})")
-    for column in _columns(ablation.outliers):
+    for column in _columns(ablation):
         table.add_column(column, justify="left" if column == "row" else "right")
     for row in rows:
-        table.add_row(*_cells(row, ablation.outliers))
+        table.add_row(*_cells(ablation, row))
     return table
+
+
+_EXPLANATIONS = {
+    "poses": (
+        "Median over the seeds of each run's median over the test views, ± half the range over the seeds; a ratio",
+        "below 1 is better. Seconds are those of training the network.",
+    ),
+    "pictures": (
+        "Renders at the test poses: median over the seeds of each run's mean over the test views, ± half the range",
+        "over the seeds. Seconds are those of training the field.",
+    ),
+}
 
 
 def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequence[str]) -> str:
@@ -159,17 +192,17 @@ def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequen
     lines = [
         f"# {ablation.title}",
         "",
-        "Median over the seeds of each run's median over the test views, ± half the range over the seeds; ratios to",
-        f"the row `{ablation.reference_row}` (below 1: better). Seconds are those of training the network.",
+        *_EXPLANATIONS[ablation.measure],
+        f"Ratios and gains are those over the row `{ablation.reference_row}`.",
         "",
         f"- command: `posemap {shlex.join(_shown_arguments())}`",
         f"- commit {git_commit()}, torch {machine['torch']}, {place}",
     ]
     lines += [f"- {name}: {row.note}" for name, row in ablation.rows.items() if row.note]
     for scene in scenes:
-        lines += ["", f"## {scene}", "", f"| {' | '.join(_columns(ablation.outliers))} |"]
-        lines.append(f"|{'---|' * len(_columns(ablation.outliers))}")
-        lines += [f"| {' | '.join(_cells(row, ablation.outliers))} |" for row in rows if row["scene"] == scene]
+        lines += ["", f"## {scene}", "", f"| {' | '.join(_columns(ablation))} |"]
+        lines.append(f"|{'---|' * len(_columns(ablation))}")
+        lines += [f"| {' | '.join(_cells(ablation, row))} |" for row in rows if row["scene"] == scene]
     return "\n".join(lines) + "\n"
 
 

@@ -42,7 +42,8 @@ class AlignConfig:
     image_pose: ImagePoseConfig = field(default_factory=ImagePoseConfig)  # distil: how poses are found
     min_gain: float = 0.1  # distil: an image is learnt from when this share of its difference to the map went away
     posemap_weight: float = 1.0  # distil: of the distance of PoseMaps
-    guard: float = 0.1  # distil: states are kept while the validation score has not risen by more than this share
+    guard: float = 0.5  # distil: states are kept while the validation score has not risen by more than this share; the
+    # start was the best of many on few views near the training views, so some rise is sure and means little
     render_scale: float = 0.5  # paper: size of the differentiable render relative to the camera's; 0 = the network's
     share: float = 1.0  # share of the unlabelled images used (paper: .1 indoor, .5 outdoor of the test images)
     triplet_margin: float = 1.0  # paper
