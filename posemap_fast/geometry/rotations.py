@@ -147,8 +147,9 @@ def slerp(a: torch.Tensor, b: torch.Tensor, u: torch.Tensor | float) -> torch.Te
 def rotation_angle_deg(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Angle between rotations (..., 3, 3) in degrees, in [0, 180]; accurate at both ends. NaN stays NaN.
 
-    sin(angle/2) = |A - B|_F / (2 sqrt 2) and cos(angle/2) = sqrt(1 + trace(A^T B)) / 2.
+    With M = A^T B: sin(angle) = |M - M^T|_F / (2 sqrt 2) and cos(angle) = (trace M - 1) / 2.
     """
-    sine = torch.linalg.matrix_norm(a - b) / 8**0.5
-    cosine = ((a * b).sum((-1, -2)) + 1).clamp_min(0).sqrt() / 2
-    return torch.rad2deg(2 * torch.atan2(sine, cosine))
+    relative = a.mT @ b
+    sine = torch.linalg.matrix_norm(relative - relative.mT) / 8**0.5
+    cosine = (relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    return torch.rad2deg(torch.atan2(sine, cosine))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from posemap_fast.geometry import (
@@ -123,6 +123,7 @@ def test_nearest_rotation_gradient_is_finite_where_the_rotation_is_not_unique(ma
 
 
 @given(st.floats(0, 180), st.integers(0, 1000))
+@example(180.0, 123)
 @settings(max_examples=60, deadline=None)
 def test_rotation_angle_is_measured_to_float64_accuracy(angle_deg, seed):
     start = random_rotations(1, seed)[0]
