@@ -73,6 +73,11 @@ class ExperimentConfig:
             _check_device(self.device)
         BACKBONES.get(self.network.backbone)
         HEADS.get(self.network.head)
+        if self.align.method == "paper" and self.network.pose_from == "posemap":
+            raise ConfigError(
+                "align.method=paper teaches by the gradient of the pose, which does not reach a predicted PoseMap; "
+                "use align.method=distil, or network.pose_from=head"
+            )
 
     def resolved(self) -> ExperimentConfig:
         """The same with the device and the backends that `auto` stands for here: a stored run says what it used."""

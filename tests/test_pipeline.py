@@ -129,6 +129,7 @@ def test_directory_with_other_files_is_refused_and_kept(tmp_path: Path, capsys) 
         (["--set", "apr.steps=many"], "apr.steps"),
         (["--set", "field.backbone=nativ"], "did you mean 'native'"),
         (["--preset", "cpuu"], "unknown preset"),
+        (["--set", "align.method=paper"], "use align.method=distil, or network.pose_from=head"),
         (["--scene", "no/such/folder"], "no such file or folder"),
     ],
 )

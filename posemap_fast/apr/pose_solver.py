@@ -66,8 +66,7 @@ def solve_pose(
     weights = weights * is_finite
     across = _plane(directions)  # (n, 2, 3)
     first, start = rotation, position
-    step = torch.zeros_like(position)
-    information = step
+    information = torch.diag(precision).expand(len(points), 6, 6)
     for _ in range(iterations):
         local = (points - position[:, None]) @ rotation  # R^T (X - t), (B, n, 3)
         depth = (local * directions).sum(-1, keepdim=True)

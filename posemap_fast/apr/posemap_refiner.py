@@ -6,8 +6,8 @@ F_hat is compared with the PoseMap that the map renders at the true pose (`L_pos
 the scene is there, whatever the pose: a dense target where L_pose has 12 numbers. `readout` turns a cell of a PoseMap
 into the scene point that the cell's ray meets; it is fitted to the map before the network is trained.
 
-L_posemap alone shapes F_hat: the solver takes the points as constants, and its pose teaches the confidences. With its
-gradient through the points, ten times that of L_posemap, PoseMaps stayed two to three times as far off (`room`).
+L_posemap alone shapes F_hat: the solver takes the points as constants, and its pose teaches the confidences. The
+gradient of the pose through the points is ten times that of L_posemap and drowns it: no loss on the pose reaches F_hat.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ _FIT_CLIP = 1.0  # of a point's error relative to the size of the scene: floater
 _LEAST_OPACITY = 0.5  # a cell whose ray meets less has no point
 _ITERATIONS = 5
 _ROBUST_SCALE = 0.03  # radians
-_PRIOR = (
-    0.02  # of the head's pose, where a cell weighs about 0.7: learnt it would be too high, for where it was trained
-)
+# Of the head's pose, where a cell weighs about 0.7. Learnt it comes out higher: the head is good where it was trained.
+_PRIOR = 0.02
 
 
 class RefinedPose(NamedTuple):
@@ -42,7 +41,6 @@ class RefinedPose(NamedTuple):
 
     vector12: torch.Tensor  # (B, 12) row-major [R | t] in the pose frame, R a rotation
     posemap: torch.Tensor  # (B, C, rows, cols) predicted
-    points: torch.Tensor  # (B, rows * cols, 3) in the pose frame
     log_sigma: torch.Tensor  # (B, 2) log standard deviations, as the confidences and where the points lie give them
 
 
@@ -150,7 +148,8 @@ class PoseMapRefiner(nn.Module):
         self.readout = PoseMapReadout(posemap_channels).requires_grad_(False)
         self.directions: torch.Tensor
         self.precision: torch.Tensor
-        self.register_buffer("directions", _directions(camera, cells), persistent=False)
+        directions = camera_rays(camera, torch.eye(4), camera.cell_centers(*cells))[1]  # (rows * cols, 3)
+        self.register_buffer("directions", directions, persistent=False)
         self.register_buffer("precision", torch.full((6,), _PRIOR), persistent=False)
 
     def forward(
@@ -171,9 +170,8 @@ class PoseMapRefiner(nn.Module):
         weights = functional.softplus(self.confidence(cells).float()).flatten(1)
         with torch.autocast(unit.device.type, enabled=False):
             posemap = unit * self.readout.posemap_scale
-            points = self.readout(posemap)
             solved = solve_pose(
-                points.detach(),
+                self.readout(posemap.detach()),
                 weights,
                 self.directions,
                 rotation.detach(),
@@ -184,16 +182,7 @@ class PoseMapRefiner(nn.Module):
             )
             refined = torch.cat([solved.rotation, solved.position[..., None]], dim=-1).flatten(1)
             log_sigma = _log_deviations(solved.information.detach())
-        return RefinedPose(refined, posemap, points, log_sigma)
-
-
-def _directions(camera: Camera, cells: tuple[int, int]) -> torch.Tensor:
-    """(rows * cols, 3) unit rays of the cell centres, which tile the image evenly, in camera axes."""
-    rows, cols = cells
-    y = (torch.arange(rows) + 0.5) * (camera.height / rows)
-    x = (torch.arange(cols) + 0.5) * (camera.width / cols)
-    pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
-    return camera_rays(camera, torch.eye(4), pixels)[1]
+        return RefinedPose(refined, posemap, log_sigma)
 
 
 def _log_deviations(information: torch.Tensor) -> torch.Tensor:

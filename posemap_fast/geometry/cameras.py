@@ -56,6 +56,12 @@ class Camera:
         y, x = torch.meshgrid(torch.arange(self.height), torch.arange(self.width), indexing="ij")
         return torch.stack([x, y], dim=-1).reshape(-1, 2).float() + 0.5
 
+    def cell_centers(self, rows: int, cols: int) -> torch.Tensor:
+        """(rows * cols, 2) float32 centres (x, y) of cells that tile the image evenly, row by row."""
+        y = (torch.arange(rows) + 0.5) * (self.height / rows)
+        x = (torch.arange(cols) + 0.5) * (self.width / cols)
+        return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; `from_dict` reverses it."""
         return asdict(self)

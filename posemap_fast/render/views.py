@@ -45,14 +45,6 @@ def posemap_shape(camera: Camera, stride: int = POSEMAP_STRIDE) -> tuple[int, in
     return max(1, camera.height // stride), max(1, camera.width // stride)
 
 
-def posemap_pixels(camera: Camera, stride: int = POSEMAP_STRIDE) -> torch.Tensor:
-    """(rows * cols, 2) pixel coordinates of the cell centres, which tile the image evenly."""
-    rows, cols = posemap_shape(camera, stride)
-    y = (torch.arange(rows) + 0.5) * (camera.height / rows)
-    x = (torch.arange(cols) + 0.5) * (camera.width / cols)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
-
-
 def _expand(appearance: torch.Tensor | None, n_rays: int) -> torch.Tensor | None:
     """(B, dim) codes of views -> (B * n_rays, dim) codes of their rays."""
     return None if appearance is None else appearance.repeat_interleave(n_rays, dim=0)
@@ -90,7 +82,7 @@ def render_cells(
 ) -> PoseMapOutput:
     """PoseMaps as `render_posemaps`, with the scene points that their cells show."""
     rows, cols = posemap_shape(camera, stride)
-    rays_o, rays_d = camera_rays(camera, c2w, posemap_pixels(camera, stride).to(c2w))
+    rays_o, rays_d = camera_rays(camera, c2w, camera.cell_centers(rows, cols).to(c2w))
     out = renderer.render_rays(
         nerfp,
         rays_o.reshape(-1, 3),
