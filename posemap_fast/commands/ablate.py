@@ -177,7 +177,7 @@ def _table(ablation: Ablation, rows: Sequence[dict[str, Any]], scene: str) -> Ta
 _EXPLANATIONS = {
     "poses": (
         "Median over the seeds of each run's median over the test views, ± half the range over the seeds; a ratio",
-        "below 1 is better. Seconds are those of training the network.",
+        "below 1 is better. Seconds are those of training the network, its random views included.",
     ),
     "pictures": (
         "Renders at the test poses: median over the seeds of each run's mean over the test views, ± half the range",

@@ -9,6 +9,7 @@ the hash grid and the weights (Mildenhall et al. 2020, arXiv:2003.08934; PoseMap
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -138,6 +139,12 @@ class Renderer:
     def set_coarseness(self, coarseness: float) -> None:
         """March with steps `coarseness` times as long as configured (early in training); 1 is the normal state."""
         self.march_spec = self._march_spec(coarseness)
+
+    def at_coarseness(self, coarseness: float) -> Renderer:
+        """A renderer of the same map, occupancy grid included, that marches with longer steps."""
+        other = copy.copy(self)
+        other.set_coarseness(coarseness)
+        return other
 
     def to_field(self, rays_o: torch.Tensor, rays_d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """World origins and unit directions -> field origins and unit directions, both (n, 3)."""

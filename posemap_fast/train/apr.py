@@ -289,6 +289,11 @@ class APRStage:
         self.replay.add(fresh, poses)
         return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), len(poses))
 
+    @property
+    def seconds_saved(self) -> float:
+        """What rendering the random views that came from a bank had taken."""
+        return 0.0 if self.random_views is None else self.random_views.seconds_saved
+
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer, the best state so far and the views kept for replay."""
         return {
@@ -297,6 +302,7 @@ class APRStage:
             "best": self.best.state,
             "replay": self.replay.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "seconds_saved": self.seconds_saved,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,6 +313,8 @@ class APRStage:
         self.replay.load_state_dict(state["replay"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.random_views is not None:
+            self.random_views.seconds_saved = state["seconds_saved"]
 
 
 def rendered_size(camera: Camera, scale: float, network: tuple[int, int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ same views, and `ViewBank` keeps the pictures on disk, so that an ablation rende
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ class ViewBank:
         folder.mkdir(parents=True, exist_ok=True)
         self.poses, kept_poses = _array(folder / "poses.npy", np.float32, (n_steps, n_views, 4, 4))
         self.images, kept_images = _array(folder / "images.npy", np.uint8, (n_steps, n_views, *image_size, 3))
+        self.seconds, _ = _array(folder / "seconds.npy", np.float32, (n_steps,))  # that rendering a step took
         self.is_there, _ = _array(folder / "is_there.npy", np.bool_, (n_steps,))  # set last: a killed write is no entry
         if not (kept_poses and kept_images):
             self.is_there[:] = False
@@ -44,10 +46,11 @@ class ViewBank:
             return None
         return torch.from_numpy(self.poses[k].copy()), torch.from_numpy(self.images[k].copy())
 
-    def put(self, k: int, poses: torch.Tensor, images: torch.Tensor) -> None:
-        """Keep the views of step k; steps beyond the end are not kept."""
+    def put(self, k: int, poses: torch.Tensor, images: torch.Tensor, begin: float) -> None:
+        """Keep the views of step k, whose rendering began at `time.monotonic()` = begin; none beyond the end."""
         if k < len(self.is_there):
-            self.poses[k], self.images[k] = poses.cpu().numpy(), images.cpu().numpy()
+            self.poses[k], self.images[k] = poses.cpu().numpy(), images.cpu().numpy()  # waits for the device
+            self.seconds[k] = time.monotonic() - begin
             self.is_there[k] = True
 
 
@@ -77,6 +80,8 @@ class RandomViewSource:
         appearance: 'source' lights a view as the training image its pose comes from, 'random' as any of them.
         seed: of the run.
         bank: where views are kept, or None.
+    Attributes:
+        seconds_saved: what rendering the views that came from the bank had taken.
     """
 
     def __init__(
@@ -93,9 +98,11 @@ class RandomViewSource:
         seed: int,
         bank: ViewBank | None = None,
     ):
-        self.nerfp, self.renderer, self.sampler, self.camera = nerfp, renderer, sampler, camera
+        self.nerfp, self.sampler, self.camera = nerfp, sampler, camera
+        self.renderer = renderer.at_coarseness(sampler.config.coarseness)
         self.codes, self.image_size, self.n_views = codes, image_size, n_views
         self.appearance, self.seed, self.bank = appearance, seed, bank
+        self.seconds_saved = 0.0
 
     def draw(self, k: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Poses (n_views, 4, 4) and images (n_views, h, w, 3) uint8 of step k.
@@ -105,8 +112,10 @@ class RandomViewSource:
         """
         device = self.sampler.c2w.device
         kept = None if self.bank is None else self.bank.get(k)
-        if kept is not None:
+        if kept is not None and self.bank is not None:
+            self.seconds_saved += float(self.bank.seconds[k])
             return kept[0].to(device), kept[1].to(device)
+        begin = time.monotonic()
         generator = step_generator(self.seed, "rvs", k)
         poses, source = self.sampler.draw(self.n_views, generator, scale)
         if self.appearance == "random":
@@ -122,5 +131,5 @@ class RandomViewSource:
         )
         images = to_uint8(view.rgb)
         if self.bank is not None:
-            self.bank.put(k, poses, images)
+            self.bank.put(k, poses, images, begin)
         return poses, images

@@ -32,11 +32,14 @@ class RVSConfig:
     box_margin: float = 0.2  # growth of the training positions' box, world units; 0 = as max_translation
     interpolate: float = 0.0  # share of poses taken between two neighbouring training poses
     appearance: Literal["source", "random"] = "source"  # lit as the nearest training image, or as any of them
+    coarseness: float = 1.0  # step along the rays of random views, in steps of the map; they are small pictures
     clearance: float = 0.0  # free space wanted around the camera, world units; 0 = a twentieth of max_translation
 
     def __post_init__(self) -> None:
         if not 0 <= self.interpolate <= 1:
             raise ConfigError(f"interpolate must be in [0, 1]; got {self.interpolate}")
+        if not 1 <= self.coarseness <= 16:
+            raise ConfigError(f"coarseness must be in [1, 16]; got {self.coarseness}")
 
 
 class ViewSampler:

@@ -26,11 +26,18 @@ def source(tiny_map, poses, camera):
     free = copy.deepcopy(renderer)
     free.occupancy.bitfield.zero_()  # so that views leave the training poses
 
-    def make(seed: int = 0, bank: ViewBank | None = None, appearance: str = "source", codes=CODES, n_views: int = 2):
+    def make(
+        seed: int = 0,
+        bank: ViewBank | None = None,
+        appearance: str = "source",
+        codes=CODES,
+        n_views: int = 2,
+        **rvs: float,
+    ):
         return RandomViewSource(
             nerfp,
             renderer,
-            ViewSampler(RVSConfig(max_translation=0.1), poses, free),
+            ViewSampler(RVSConfig(max_translation=0.1, **rvs), poses, free),
             camera,
             codes,
             image_size=SIZE,
@@ -81,6 +88,16 @@ def test_a_step_of_a_seed_has_the_same_views_whoever_asks_and_whenever(source) -
     assert not torch.equal(in_order[0][0], in_order[1][0])
 
 
+def test_coarser_views_take_longer_steps_through_the_same_map(source) -> None:
+    fine, coarse = source(), source(coarseness=2.0)
+    ours, theirs = fine.renderer.march_spec, coarse.renderer.march_spec
+    assert theirs.step_min == pytest.approx(2 * ours.step_min)
+    assert coarse.renderer.occupancy is fine.renderer.occupancy
+    (poses, images), (others, blurred) = fine.draw(0), coarse.draw(0)
+    assert torch.equal(poses, others) and not torch.equal(images, blurred)
+    assert (images.float() - blurred.float()).abs().mean() < 16
+
+
 def test_another_seed_has_other_views(source) -> None:
     poses, images = source(seed=0).draw(1)
     others = source(seed=1).draw(1)
@@ -97,6 +114,15 @@ def test_the_bank_gives_back_every_bit_without_rendering(source, renders, tmp_pa
         found = reading.draw(k)
         assert same(found, plain[k]) and [t.dtype for t in found] == [t.dtype for t in plain[k]]
     assert len(renders) == 6
+
+
+def test_the_bank_knows_what_its_views_cost(source, tmp_path: Path) -> None:
+    filling, reading = source(bank=bank(tmp_path)), source(bank=bank(tmp_path))
+    for views in (filling, reading):
+        views.draw(0), views.draw(2)
+    assert filling.seconds_saved == 0 < reading.seconds_saved
+    seconds = bank(tmp_path).seconds
+    assert reading.seconds_saved == pytest.approx(float(seconds[0]) + float(seconds[2])) and seconds[1] == 0
 
 
 def test_a_kept_view_is_the_callers_own(source, tmp_path: Path) -> None:
@@ -123,7 +149,7 @@ def test_a_step_that_was_not_marked_is_rendered_again(source, renders, tmp_path:
 def test_the_mark_is_set_after_the_pictures(tmp_path: Path) -> None:
     kept = bank(tmp_path)
     with pytest.raises(ValueError):  # two images of another size: as a write that is cut off
-        kept.put(0, torch.zeros(2, 4, 4), torch.zeros(2, 5, 5, 3, dtype=torch.uint8))
+        kept.put(0, torch.zeros(2, 4, 4), torch.zeros(2, 5, 5, 3, dtype=torch.uint8), 0.0)
     assert kept.get(0) is None and bank(tmp_path).get(0) is None
 
 

@@ -72,6 +72,8 @@ def test_one_training_view_is_enough(tiny_map, poses) -> None:
     assert drawn.shape == (5, 4, 4) and source.tolist() == [0] * 5
 
 
-def test_share_of_interpolated_views_is_checked() -> None:
+def test_ranges_are_checked() -> None:
     with pytest.raises(ConfigError, match="interpolate"):
         RVSConfig(interpolate=1.5)
+    with pytest.raises(ConfigError, match="coarseness"):
+        RVSConfig(coarseness=0.5)
