@@ -32,7 +32,7 @@ from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import SceneMap
 from posemap_fast.progress import ProgressMeter
-from posemap_fast.results import environment, git_commit, render_test_views
+from posemap_fast.results import environment, git_commit, model_errors, reliability_of, render_test_views
 from posemap_fast.stages import SceneStages, read_scene
 from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
 
@@ -63,6 +63,7 @@ class Ablation:
     rows: dict[str, AblationRow] = field(default_factory=dict)
     reference: str = ""  # row that the others are compared with; empty = the first
     measure: Literal["poses", "pictures"] = "poses"  # pictures: only the field is trained, and its renders are judged
+    intervals: bool = False  # also judge the error intervals that a localizer of the row would give
     outliers: int = 0  # also score this many views farthest from the training cameras' clusters (paper, table 4)
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ def run_ablation(
     jobs = [(scene, seed) for scene in scenes for seed in seeds]
     results: list[Any] = []
     for scene, seed in jobs:
-        runner = _SceneRunner(scenes[scene], scene, seed, out, meter)
+        runner = _SceneRunner(scenes[scene], scene, seed, out, meter, ablation.intervals)
         for name in wanted:
             row = ablation.rows[name]
             config = load_experiment(ablation.preset, (), [*ablation.set, *row.set, *overrides]).resolved()
@@ -131,14 +132,15 @@ def run_ablation(
 class _SceneRunner:
     """The rows of one scene and seed; keeps the last map in memory."""
 
-    def __init__(self, identity: str, name: str, seed: int, out: Path, meter: ProgressMeter):
-        self.identity, self.name, self.seed, self.meter = identity, name, seed, meter
+    def __init__(self, identity: str, name: str, seed: int, out: Path, meter: ProgressMeter, intervals: bool = False):
+        self.identity, self.name, self.seed, self.meter, self.intervals = identity, name, seed, meter, intervals
         self.folder = out / name / f"seed{seed}"
         self._loaded: tuple[str, Path, SceneStages, SceneMap, OnlineMap] | None = None
 
     def run(self, name: str, row: AblationRow, config: ExperimentConfig) -> list[RowResult]:
         """Results of a row: of the network, and of the aligned one where the row asks for it."""
-        stored = self._stored(name, config, {"align": row.align}, lambda: self._train_row(name, row, config))
+        further = {"align": row.align} | ({"intervals": True} if self.intervals else {})
+        stored = self._stored(name, config, further, lambda: self._train_row(name, row, config))
         return [RowResult(**entry) for entry in stored["results"]]
 
     def judge(self, name: str, config: ExperimentConfig) -> list[PictureResult]:
@@ -189,7 +191,7 @@ class _SceneRunner:
         network = _digest([key, to_dict(config.apr), to_dict(config.network)])
         stages.folder = self.folder / "networks" / network  # rows that differ in their alignment only share it
         net = stages.network("apr", config.apr, online, scene_map.pose_frame)
-        entries = [self._score(name, net, stages, stages.seconds["apr"])]
+        entries = [self._score(name, net, stages, stages.seconds["apr"]) | self._trust(net, stages, online)]
         has_unlabelled = len(stages.views["unlabelled"]) > 0
         if row.align and has_unlabelled:
             entries.append(self._score(f"{name}, on the unlabelled frames", net, stages, 0.0, "unlabelled"))
@@ -198,7 +200,8 @@ class _SceneRunner:
             stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
             stages.seconds.pop("align", None)
             aligned = stages.align(net, online)
-            entries.append(self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0)))
+            entry = self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0))
+            entries.append(entry | self._trust(aligned, stages, online))
             if has_unlabelled:
                 label = f"{name}, aligned, on the unlabelled frames"
                 entries.append(self._score(label, aligned, stages, 0.0, "unlabelled"))
@@ -228,6 +231,14 @@ class _SceneRunner:
     ) -> dict[str, Any]:
         answer = predict_poses(net, stages.views[split].images).cpu()
         return self._entry(name, answer, stages.scene, seconds, split)
+
+    def _trust(self, net: APRNet, stages: SceneStages, online: OnlineMap) -> dict[str, Any]:
+        """How the intervals of a network do on the test views, where that is asked for."""
+        if not self.intervals:
+            return {}
+        model, calibration = model_errors(net, stages.views, stages.unseen_views(online, net.config.input_size))
+        trust = reliability_of(net, model, calibration, stages.views["test"])
+        return {"trust": {key: found.to_dict() for key, found in trust.items()}}
 
     def _baselines(self, stages: SceneStages) -> list[dict[str, Any]]:
         scene, views = stages.scene, stages.views

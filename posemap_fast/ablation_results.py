@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ class RowResult:
     far_order: list[int]  # test views, farthest from the training cameras first (`eval.outlier_order`)
     seconds: float  # of training the network
     metric: bool
+    trust: Mapping[str, Mapping[str, Any]] | None = None  # t, r -> `eval.Reliability.to_dict`, where it was asked for
 
     @property
     def medians(self) -> tuple[float, float]:
@@ -59,7 +60,9 @@ def summarize_rows(results: Sequence[RowResult], reference: str, outliers: int =
     Yields:
         scene, row, n_seeds, median_t, spread_t (half the range over seeds), median_r_deg, spread_r_deg, seconds,
         ratio_t, ratio_r (this row's median over the reference's), metric; with `outliers` also outlier_t and
-        outlier_r_deg, mean errors on that many views farthest from the training cameras (paper, table 4).
+        outlier_r_deg, mean errors on that many views farthest from the training cameras (paper, table 4). Where the
+        intervals were judged also `trust`: t, r -> inside_50, inside_90 (shares of the errors), surest and best (90th
+        percentile of the error of the surest half, and of the half with the smallest errors, over that of all).
     """
     middle = {key: _over_seeds(group, outliers) for key, group in _by_row(results).items()}
     for (scene, row), values in middle.items():
@@ -87,7 +90,23 @@ def _over_seeds(results: Sequence[RowResult], outliers: int) -> dict[str, Any]:
         "seconds": median(result.seconds for result in results),
         "metric": results[0].metric,
         **far,
+        **_trust_over_seeds([result.trust for result in results if result.trust]),
     }
+
+
+def _trust_over_seeds(trusts: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    if not trusts:
+        return {}
+    parts = {}
+    for key in ("t", "r"):
+        found = [trust[key] for trust in trusts]
+        parts[key] = {
+            "inside_50": median(f["coverage"]["0.5"] for f in found),
+            "inside_90": median(f["coverage"]["0.9"] for f in found),
+            "surest": median(f["p90_surest_half"] / max(f["p90_all"], 1e-12) for f in found),
+            "best": median(f["p90_best_half"] / max(f["p90_all"], 1e-12) for f in found),
+        }
+    return {"trust": parts}
 
 
 def summarize_pictures(results: Sequence[PictureResult], reference: str) -> Iterator[dict[str, Any]]:

@@ -122,6 +122,26 @@ def test_results_hold_the_rows_and_the_baselines(finished: Finished) -> None:
     assert errors_of(finished.out, "full") != errors_of(finished.out, "no posemap")
 
 
+def test_intervals_are_judged_before_and_after_alignment(finished: Finished, copy: Path, capsys) -> None:
+    file = copy.parent / "intervals.yaml"
+    file.write_text(TEXT.replace("reference: full", "reference: with stage 4\nintervals: true"))
+    table = copy.parent / "table.md"
+    words = ["--out", str(copy), "--rows", "with stage 4", "--quiet", "--markdown", str(table)]
+    assert main(["ablate", str(file), *words]) == 0
+    rows = {row["row"]: row for row in json.loads((copy / "results.json").read_text())["rows"]}
+    assert all("trust" not in rows[name] for name in BASELINES)
+    for name in ("with stage 4", "with stage 4, aligned"):
+        for found in rows[name]["trust"].values():
+            assert 0 <= found["inside_50"] <= found["inside_90"] <= 1 and 0 < found["best"] <= found["surest"]
+    lines = table.read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| row |"))
+    aligned = next(line for line in lines if line.startswith("| with stage 4, aligned |"))
+    assert "in the 50 % interval (t / r) | in the 90 % interval" in head and aligned.count("|") == head.count("|")
+    capsys.readouterr()
+    error = failure(capsys, str(file), "--out", str(copy), "--rows", "full", "--quiet")  # made without them
+    assert "full.json: was made with another intervals" in error
+
+
 def test_rows_share_the_map_and_the_random_views(finished: Finished) -> None:
     maps = list((finished.out / "room" / "seed0" / "maps").iterdir())
     assert [found.name for found in maps] == [stored(finished.out, "full")["map"]]

@@ -38,6 +38,7 @@ CONFIG is a YAML file, or the name of one that comes with the package (configs/a
     full: {}
     without L_posemap: {set: [apr.weights.posemap=0]}
     aligned: {align: inductive}       also align on unlabelled frames, and score that
+With `intervals: true` the error intervals of the networks are judged too, as those of a localizer.
 With `measure: pictures` only the fields are trained, and their renders at the test poses are judged.
 """
 _EXAMPLE = """\
@@ -130,6 +131,12 @@ def _summaries(ablation: Ablation, results: Sequence[Any]) -> Iterator[dict[str,
 
 
 _COLUMNS = ("row", "median t", "median r (deg)", "ratio t", "ratio r", "seconds", "seeds")
+_SHARES = {  # key of a row's trust -> column
+    "inside_50": "in the 50 % interval (t / r)",
+    "inside_90": "in the 90 % interval",
+    "surest": "p90 of the surest half",
+    "best": "p90 of the best half",
+}
 _PICTURE_COLUMNS = ("row", "PSNR (dB)", "gain (dB)", "SSIM", "samples per ray", "seconds", "seeds")
 
 
@@ -154,6 +161,10 @@ def _cells(ablation: Ablation, row: dict[str, Any]) -> list[str]:
         f"{row['seconds']:.0f}" if row["seconds"] else "-",
         str(row["n_seeds"]),
     ]
+    if ablation.intervals:
+        trust = row.get("trust")
+        shares = [f"{100 * trust['t'][key]:.0f} / {100 * trust['r'][key]:.0f} %" for key in _SHARES] if trust else []
+        cells += shares or ["-"] * len(_SHARES)
     if ablation.outliers:
         cells.append(f"{row['outlier_t']:.3f} {unit} / {row['outlier_r_deg']:.2f}")
     return cells
@@ -162,7 +173,8 @@ def _cells(ablation: Ablation, row: dict[str, Any]) -> list[str]:
 def _columns(ablation: Ablation) -> list[str]:
     if ablation.measure == "pictures":
         return list(_PICTURE_COLUMNS)
-    return [*_COLUMNS, *([f"mean of the {ablation.outliers} farthest"] if ablation.outliers else [])]
+    shares = list(_SHARES.values()) if ablation.intervals else []
+    return [*_COLUMNS, *shares, *([f"mean of the {ablation.outliers} farthest"] if ablation.outliers else [])]
 
 
 def _table(ablation: Ablation, rows: Sequence[dict[str, Any]], scene: str) -> Table:
@@ -198,6 +210,10 @@ def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequen
         f"- command: `posemap {shlex.join(_shown_arguments())}`",
         f"- commit {git_commit()}, torch {machine['torch']}, {place}",
     ]
+    if ablation.intervals:
+        lines.append(
+            "- p90 of a half: its 90th percentile of the error over that of all views; no sigma beats the best"
+        )
     lines += [f"- {name}: {row.note}" for name, row in ablation.rows.items() if row.note]
     for scene in scenes:
         lines += ["", f"## {scene}", "", f"| {' | '.join(_columns(ablation))} |"]
