@@ -11,6 +11,7 @@ weights.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -26,6 +27,7 @@ from posemap_fast.losses import laplace_nll, pose_l2, pose_mse, posemap_cosine, 
 from posemap_fast.render import Renderer, render_posemaps
 from posemap_fast.seeding import step_generator
 from posemap_fast.train.nerfp import TrainingViews
+from posemap_fast.train.posemap_distance import posemap_distance
 from posemap_fast.train.random_views import RandomViewSource, ViewBank
 from posemap_fast.train.replay import ViewReplay
 from posemap_fast.train.rvs import ViewSampler
@@ -44,6 +46,7 @@ class LossWeights:
     posemap: float = 1.0
     rvs: float = 1.0
     rvs_posemap: float = 1.0  # the PoseMap part of the RVS loss, relative to its pose part
+    points: float = 1.0  # scene points read off predicted PoseMaps, relative to the PoseMaps themselves
     sigma: float = 1.0  # of the predicted error sizes; they read the network's features and do not shape them
 
 
@@ -213,15 +216,17 @@ class APRStage:
     ) -> dict[str, torch.Tensor]:
         """PoseMaps predicted from all images of the pass against those at the true poses."""
         weights, online, predicted = self.config.weights, self.online, output.posemap
-        assert predicted is not None
+        assert predicted is not None and self.net.refiner is not None
+        distance = functools.partial(
+            posemap_distance, self.net.refiner, scale=online.feature_scale, points=weights.points
+        )
         losses = {}
         if weights.posemap > 0:
             known = online.cache.posemaps[index].repeat(n_features // index.numel(), 1, 1, 1)
-            distance = posemap_l2(predicted[:n_features], known, scale=online.feature_scale)
-            losses["posemap"] = weights.posemap * distance
+            losses["posemap"] = weights.posemap * distance(predicted[:n_features], known)
         if rvs is not None and weights.rvs_posemap > 0:
-            distance = posemap_l2(predicted[n_features:], self._posemaps(rvs.poses), scale=online.feature_scale)
-            losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * distance
+            apart = distance(predicted[n_features:], self._posemaps(rvs.poses))
+            losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * apart
         return losses
 
     def _rendered_posemap_losses(

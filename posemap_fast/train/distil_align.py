@@ -28,6 +28,7 @@ from posemap_fast.train.align import AlignConfig
 from posemap_fast.train.apr import OnlineMap
 from posemap_fast.train.image_pose import refine_poses
 from posemap_fast.train.nerfp import TrainingViews
+from posemap_fast.train.posemap_distance import posemap_distance
 from posemap_fast.train.selection import GuardedState, network_input, predict_poses
 
 __all__ = ["DistilAlignStage"]
@@ -126,9 +127,13 @@ class DistilAlignStage:
             maps = render_posemaps(online.renderer, online.nerfp, output.c2w[: config.batch], self.camera)
         with torch.no_grad():
             wanted = render_posemaps(online.renderer, online.nerfp, poses[: len(maps)], self.camera)
+        if net.refiner is None:
+            apart = posemap_l2(maps, wanted, scale=online.feature_scale)
+        else:
+            apart = posemap_distance(net.refiner, maps, wanted, scale=online.feature_scale)
         losses = {
             "pose": torch.stack([pose_l2(vectors, target) for vectors in output.pose_vectors]).sum(),
-            "posemap": config.posemap_weight * posemap_l2(maps, wanted, scale=online.feature_scale),
+            "posemap": config.posemap_weight * apart,
         }
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
