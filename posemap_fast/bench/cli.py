@@ -1,0 +1,186 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from posemap_fast.bench import suites
+from posemap_fast.bench.case import FAMILIES, suite_names
+from posemap_fast.bench.compare import changes, slower, with_baseline
+from posemap_fast.bench.machine import describe_machine
+from posemap_fast.bench.report import print_changes, print_report, write_history
+from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
+from posemap_fast.bench.schema import SCHEMA, problems, read_report
+from posemap_fast.errors import ConfigError, PosemapError
+from posemap_fast.files import write_text
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+What it costs, against whom, and since when. Every case is verified against a reference before it is timed, and its
+peers are timed in turn with it: read the ratio (speed over the peer's, more is better), not the milliseconds, across
+machines. benchmarks/README.md says how to read and how to add a case.
+"""
+_EXAMPLE = """\
+examples:
+  python -m posemap_fast.bench --suite ops,render --json here.json
+  python -m posemap_fast.bench --only 'hash_encode/*' --profile traces
+  python -m posemap_fast.bench --suite all --baseline benchmarks/results/mine.json     # 1 when something is slower
+  python -m posemap_fast.bench --compare old.json new.json
+  python -m posemap_fast.bench --history benchmarks/results --plot history.svg
+
+exit code: 0 all is well; 1 a wrong result, a case that failed, or one slower than the baseline allows; 2 bad input"""
+_SMOKE = "smoke"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m posemap_fast.bench",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = ", ".join(suite_names())
+    parser.add_argument("--suite", default="all", metavar="A,B", help=f"all, smoke (all at tiny sizes), or of: {known}")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="cases whose name matches, such as 'composite/*'"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="of torch and of the kernels (default: all cores)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case, all sides together (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the report here")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="F", help="an earlier report; exit code 1 when a case is slower"
+    )
+    parser.add_argument("--tolerance", type=float, default=0.15, help="share of speed that may be lost (default: 0.15)")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="also write a torch profiler trace of each case")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two reports, run nothing"
+    )
+    parser.add_argument("--history", type=Path, metavar="DIR", help="plot the reports of a folder, run nothing")
+    parser.add_argument("--plot", type=Path, default=Path("history.svg"), metavar="F", help="of --history (svg, png)")
+    parser.add_argument("--list", action="store_true", help="print the families and what each measures, run nothing")
+    parser.add_argument("--family", help=argparse.SUPPRESS)  # the three of a child process
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks; the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options, Console() if sys.stdout.isatty() else Console(width=160))
+    except PosemapError as error:
+        print(f"posemap_fast.bench: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    if options.list:
+        for name in FAMILIES:
+            lines = (FAMILIES.get(name).__doc__ or "").strip().splitlines()
+            console.print(f"{name}: {lines[0] if lines else ''}", markup=False)
+        return 0
+    if options.compare:
+        old, new = (read_report(path)["results"] for path in options.compare)
+        print_changes(changes(new, old), options.tolerance, console)
+        return 0
+    if options.history:
+        return _history(options, console)
+    how = _options(options)
+    if options.family:
+        outcome = run_family(options.family, how)
+        write_text(options.rows, json.dumps(vars(outcome)))
+        return 0
+    return _measure(options, how, console)
+
+
+def _history(options: argparse.Namespace, console: Console) -> int:
+    paths = sorted(options.history.glob("*.json"))
+    if not paths:
+        raise ConfigError(f"--history {options.history}: no reports (*.json) there")
+    write_history([read_report(path) for path in paths], options.plot)
+    console.print(f"{len(paths)} reports: {options.plot}", markup=False)
+    return 0
+
+
+def _options(options: argparse.Namespace) -> Options:
+    if options.threads < 0 or options.seconds <= 0 or not 0 < options.tolerance < 1:
+        raise ConfigError("--threads must be >= 0, --seconds > 0, --tolerance between 0 and 1")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_smoke = options.smoke or options.suite == _SMOKE
+    return Options(device, options.threads or cores, options.seconds, is_smoke, options.only, options.profile)
+
+
+def _families(wanted: str) -> list[str]:
+    """Names of the families of `--suite`."""
+    if wanted in ("all", _SMOKE):
+        return list(FAMILIES)
+    chosen = wanted.split(",")
+    for name in chosen:
+        if name not in suite_names():
+            raise ConfigError(f"--suite {name}: no such suite (known: all, smoke, {', '.join(suite_names())})")
+    return [name for name in FAMILIES if name.split("/")[0] in chosen]
+
+
+def _measure(options: argparse.Namespace, how: Options, console: Console) -> int:
+    families = _families(options.suite)
+    before = read_report(options.baseline)["results"] if options.baseline else []
+    torch.set_num_threads(how.threads)
+    about = describe_machine(how.device, how.threads, how.is_smoke)
+    outcomes = _run_families(families, how)
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    if not rows and how.only != "*":
+        raise ConfigError(f"--only {how.only}: no such case in {', '.join(families)}")
+    found = changes(rows, before)
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "metadata": about,
+        "results": with_baseline(rows, found),
+        "skipped": [entry for outcome in outcomes for entry in outcome.skipped],
+        "failed": [entry for outcome in outcomes for entry in outcome.failed],
+    }
+    departures = problems(report)
+    assert not departures, departures
+    if options.json:
+        write_text(options.json, json.dumps(report, indent=1) + "\n")
+    print_report(report, console)
+    lost = slower(found, options.tolerance)
+    for change in lost:
+        console.print(f"SLOWER: {change.case} ({change.peer or 'no peer'}): {change.ratio:.2f}x the baseline's speed")
+    is_right = not report["failed"] and all(row["verified"] for row in rows)
+    return 0 if is_right and not lost else 1
+
+
+def _run_families(families: Sequence[str], how: Options) -> list[Outcome]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(families))
+        for name in families:
+            progress.update(task, description=name)
+            outcomes.append(run_family_apart(name, how))
+            progress.advance(task)
+    return outcomes
+
+
+assert suites  # imported for its registrations

@@ -1,0 +1,52 @@
+"""The machine under the figures: what it is, how busy, and its measured ceilings of memory traffic and arithmetic."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from typing import Any
+
+import torch
+
+from posemap_fast.bench.timing import time_by_turns
+from posemap_fast.environment import gather_environment
+from posemap_fast.results import git_commit
+
+__all__ = ["describe_machine", "measure_ceilings"]
+
+_COPY_BYTES = 1 << 28  # far beyond any cache
+_GEMM_SIDE = 2048
+_SMOKE_SHRINK = 16
+
+
+def measure_ceilings(device: torch.device, is_smoke: bool = False) -> dict[str, float]:
+    """Bytes per second of a large copy (read and written) and operations per second of a float32 matrix product."""
+    shrink, seconds = (_SMOKE_SHRINK, 0.05) if is_smoke else (1, 1.0)
+    source = torch.ones(_COPY_BYTES // shrink, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    side = _GEMM_SIDE // shrink
+    a, b = torch.randn(2, side, side, device=device)
+    copied, _ = time_by_turns(lambda: target.copy_(source), {}, device, seconds=seconds, min_repeats=5)
+    multiplied, _ = time_by_turns(lambda: a @ b, {}, device, seconds=seconds, min_repeats=5)
+    return {
+        "copy_bytes_per_s": 2 * source.numel() / (copied.median / 1e3),
+        "gemm_flops_per_s": 2 * side**3 / (multiplied.median / 1e3),
+    }
+
+
+def describe_machine(device: str, threads: int, is_smoke: bool) -> dict[str, Any]:
+    """What a reader needs to judge the figures; JSON-ready."""
+    return {
+        "commit": git_commit(),
+        "command": "python -m posemap_fast.bench " + " ".join(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "threads": threads,
+        "smoke": is_smoke,
+        "load_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "dtype": "float32",
+        "seed": 0,
+        "ceilings": measure_ceilings(torch.device(device), is_smoke),
+        "environment": gather_environment().to_dict(),
+    }
