@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from posemap_fast.bench import suites
-from posemap_fast.bench.case import FAMILIES, suite_names
+from posemap_fast.bench.case import suite_names
 from posemap_fast.bench.compare import changes, slower, with_baseline
 from posemap_fast.bench.machine import describe_machine
 from posemap_fast.bench.report import print_changes, print_report, write_history
 from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
 from posemap_fast.bench.schema import SCHEMA, problems, read_report
+from posemap_fast.bench.suites import FAMILIES
 from posemap_fast.errors import ConfigError, PosemapError
 from posemap_fast.files import write_text
 
@@ -181,6 +181,3 @@ def _run_families(families: Sequence[str], how: Options) -> list[Outcome]:
             outcomes.append(run_family_apart(name, how))
             progress.advance(task)
     return outcomes
-
-
-assert suites  # imported for its registrations

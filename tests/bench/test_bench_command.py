@@ -13,9 +13,11 @@ import torch
 
 from posemap_fast import ops
 from posemap_fast.bench import cli
-from posemap_fast.bench.case import FAMILIES, BenchContext, Comparison, Skipped
+from posemap_fast.bench.case import BenchContext, Comparison, Skipped
 from posemap_fast.bench.runner import Options, run_family
 from posemap_fast.bench.schema import problems, read_report
+from posemap_fast.bench.suites import FAMILIES
+from posemap_fast.bench.timing import peak_memory_mib
 from posemap_fast.registry import Registry
 
 
@@ -178,6 +180,14 @@ def test_peers_are_timed_in_turn_with_us(families: Registry) -> None:
     assert 2 < row["ratio_to_reference"] < 20
     last = order.index("theirs", len(order) - order[::-1].index("theirs") - 1)
     assert "ours" in order[order.index("theirs") : last]
+
+
+def test_memory_is_what_a_run_needs_above_what_is_held() -> None:
+    held = torch.ones(100 << 20, dtype=torch.uint8)
+    for _ in range(2):
+        found = peak_memory_mib(lambda: torch.ones(50 << 20, dtype=torch.uint8).max(), torch.device("cpu"))
+        assert found is None or 40 < found < 80
+    assert len(held)
 
 
 @pytest.mark.parametrize(
