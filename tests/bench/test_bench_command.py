@@ -42,7 +42,7 @@ def bench(*words: str) -> int:
 
 
 def smoke(only: str, *words: str) -> int:
-    return bench("--suite", "smoke", "--only", only, *words)
+    return bench("--suite", "ops", "--smoke", "--only", only, *words)
 
 
 def test_a_report_keeps_to_its_format(tmp_path: Path, capsys) -> None:
@@ -103,7 +103,7 @@ def test_an_error_that_is_no_number_is_a_wrong_result(families: Registry, value:
 
 def test_a_sleep_in_an_op_is_found_against_the_baseline(monkeypatch, tmp_path: Path, capsys) -> None:
     file = tmp_path / "before.json"
-    assert bench("--suite", "smoke", "--only", "comp*/forward/*", "--json", str(file)) == 0
+    assert smoke("comp*/forward/*", "--json", str(file)) == 0
     before = {row["case"] for row in read_report(file)["results"]}
     assert before == {"compact/forward/smoke", "composite/forward/smoke"}
     original = ops.compact
@@ -194,7 +194,7 @@ def test_memory_is_what_a_run_needs_above_what_is_held() -> None:
     ("words", "told"),
     [
         (["--suite", "opps"], "--suite opps: no such suite (known: all, smoke, "),
-        (["--only", "nothing*", "--suite", "smoke"], "--only nothing*: no such case"),
+        (["--only", "nothing*", "--suite", "ops", "--smoke"], "--only nothing*: no such case"),
         (["--tolerance", "2"], "--tolerance between 0 and 1"),
         (["--baseline", "missing.json"], "missing.json: No such file"),
         (["--compare", "missing.json", "missing.json"], "missing.json: No such file"),
