@@ -92,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, console: Console) -> int:
     if options.list:
         for name in FAMILIES:
-            lines = (FAMILIES.get(name).__doc__ or "").strip().splitlines()
-            console.print(f"{name}: {lines[0] if lines else ''}", markup=False)
+            family = FAMILIES.get(name)
+            doc = getattr(family, "func", family).__doc__  # of a partial, that of the function
+            console.print(f"{name}: {(doc or '').strip().splitlines()[0]}", markup=False, soft_wrap=True)
         return 0
     if options.compare:
         old, new = (read_report(path)["results"] for path in options.compare)
