@@ -88,10 +88,15 @@ def test_posemap_loss_pulls_the_predicted_pose_through_the_map(parts) -> None:
     assert all(p.grad is None for p in online.nerfp.parameters())
 
 
-def test_a_predicted_posemap_is_compared_with_the_true_one_for_every_image_of_the_step(posemap_parts, monkeypatch):
+@pytest.mark.parametrize("points", [0.0, 0.5])
+def test_a_predicted_posemap_is_compared_with_the_true_one_for_every_image_of_the_step(
+    posemap_parts, monkeypatch, points: float
+) -> None:
     """Replayed views too, and the renders at the training poses: each needs only the map at a pose that is known."""
     online, _, net = posemap_parts
-    stage = apr_stage(posemap_parts, dataclasses.replace(OFF, image=1e-9, posemap=2.0, rvs=1.0, rvs_posemap=3.0))
+    stage = apr_stage(
+        posemap_parts, dataclasses.replace(OFF, image=1e-9, posemap=2.0, rvs=1.0, rvs_posemap=3.0, points=points)
+    )
     for k in range(2):
         drawn = stage._draw_views(k, torch.Generator().manual_seed(k))
     index = torch.tensor([2, 0, 1])
@@ -107,7 +112,10 @@ def test_a_predicted_posemap_is_compared_with_the_true_one_for_every_image_of_th
         ("posemap", predicted[:6], known, 2.0),
         ("rvs_posemap", predicted[6:], at_random, 3.0),
     ):
-        torch.testing.assert_close(losses[name], weight * (ours - true).norm(dim=1).mean())
+        readout = net.refiner.readout
+        apart = (readout(ours) - readout(true)).norm(dim=-1).mean() / readout.point_scale[0]
+        torch.testing.assert_close(losses[name], weight * ((ours - true).norm(dim=1).mean() + points * apart))
+        assert apart > 0
     (losses["posemap"] + losses["rvs_posemap"]).backward()
     moved = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"refiner.posemap.weight", "backbone.reduce.0.0.weight"} <= moved
