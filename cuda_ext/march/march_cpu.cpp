@@ -1,5 +1,9 @@
 // Marching on the CPU: count (samples per ray), scan (offsets), fill (intervals), and packing of the occupancy bits.
 // Count and fill run the same compiled function, so that they cannot disagree by a rounding.
+#include <cstring>
+#include <memory>
+#include <new>
+
 #include "abi.h"
 #include "march_math.h"
 
@@ -8,7 +12,7 @@ namespace {
 using namespace pmf;
 
 constexpr int64_t kRaysPerTask = 16;
-constexpr int64_t kMinRays = 64;  // a ray takes hundreds of look-ups: this many are worth a second thread
+constexpr int64_t kMinRays = 64;  // a ray takes hundreds of look-ups: this many are worth a second thread, and blocks
 
 template <typename S>
 struct Rays {
@@ -37,8 +41,32 @@ MarchGrid<S> make_grid(const uint8_t* bits, const S* aabb, int64_t resolution, i
   return grid;
 }
 
+// Which blocks have an occupied cell; null where the grid can have none or memory is short. A block is four bits of each
+// of 16 rows of cells, and most words of a trained grid are empty.
 template <typename S>
-int count_samples(const MarchGrid<S>& grid, const Rays<S>& rays, int64_t* ray_offsets, int64_t n_threads) {
+std::unique_ptr<uint8_t[]> find_blocks(const MarchGrid<S>& grid) {
+  static_assert(kBlock == 4, "a block's share of a row is half a byte");
+  if (!grid.can_have_blocks()) return nullptr;
+  const int64_t n = grid.resolution / kBlock, n_quads = grid.n_cascades * n * grid.resolution * grid.resolution;
+  std::unique_ptr<uint8_t[]> blocks(new (std::nothrow) uint8_t[grid.n_cascades * n * n * n]());
+  if (blocks == nullptr) return nullptr;
+  for (int64_t first = 0; first < n_quads; first += 16) {
+    uint64_t word = 0;
+    const int64_t count = n_quads - first < 16 ? n_quads - first : 16;
+    std::memcpy(&word, grid.bits + first / 2, static_cast<size_t>(count + 1) / 2);  // little-endian, as the bits are
+    for (int64_t quad = first; word != 0; word >>= 4, ++quad) {
+      if ((word & 15) == 0) continue;
+      const int64_t row = quad / n, y = row % grid.resolution / kBlock, slab = row / grid.resolution / kBlock;
+      blocks[(slab * n + y) * n + quad % n] = 1;
+    }
+  }
+  return blocks;
+}
+
+template <typename S>
+int count_samples(MarchGrid<S> grid, const Rays<S>& rays, int64_t* ray_offsets, int64_t n_threads) {
+  const auto blocks = rays.n > kMinRays ? find_blocks(grid) : nullptr;
+  grid.blocks = blocks.get();
 #pragma omp parallel for schedule(dynamic, kRaysPerTask) num_threads(n_threads) if (rays.n > kMinRays)
   for (int64_t i = 0; i < rays.n; ++i) ray_offsets[i + 1] = march_one<S>(grid, rays[i], nullptr, nullptr);
   ray_offsets[0] = 0;
@@ -47,8 +75,10 @@ int count_samples(const MarchGrid<S>& grid, const Rays<S>& rays, int64_t* ray_of
 }
 
 template <typename S>
-int fill_samples(const MarchGrid<S>& grid, const Rays<S>& rays, const int64_t* ray_offsets, S* starts, S* ends,
+int fill_samples(MarchGrid<S> grid, const Rays<S>& rays, const int64_t* ray_offsets, S* starts, S* ends,
                  int64_t n_threads) {
+  const auto blocks = rays.n > kMinRays ? find_blocks(grid) : nullptr;
+  grid.blocks = blocks.get();
 #pragma omp parallel for schedule(dynamic, kRaysPerTask) num_threads(n_threads) if (rays.n > kMinRays)
   for (int64_t i = 0; i < rays.n; ++i) {
     const int64_t first = ray_offsets[i];

@@ -4,7 +4,8 @@
 // Lattice: t_0 = entry + jitter dt(entry), t_{i+1} = t_i + dt(t_i), dt(t) = clamp(cone_angle t, step_min, step_max).
 // A ray's samples are the intervals of its lattice whose midpoint lies in an occupied cell. Empty cells are left in
 // whole steps of the lattice: a step is skipped only when its midpoint is in the same empty cell by more than rounding
-// error, so every sample is decided by its own look-up and skipping never changes the result.
+// error, so every sample is decided by its own look-up and skipping never changes the result. Where it is known that a
+// whole block of kBlock^3 cells is empty, it is left as one.
 // Constant steps (cone_angle = 0) are computed as t_0 + i dt: no rounding error builds up, and a skip is one division.
 #pragma once
 #include <cmath>
@@ -18,6 +19,8 @@ namespace pmf {
 // (length <= sqrt 3) stays below it for steps down to 1.7e-6.
 constexpr int64_t kMaxLatticeSteps = int64_t{1} << 20;
 
+constexpr int64_t kBlock = 4;  // cells along the side of a block
+
 template <typename S>
 struct MarchGrid {
   const uint8_t* bits;  // bit ((k * resolution + z) * resolution + y) * resolution + x, little-endian in each byte
@@ -25,6 +28,10 @@ struct MarchGrid {
   S box_min[3], box_max[3];  // inside the unit cube
   S step_min, step_max, cone_angle;
   int64_t max_samples;
+  const uint8_t* blocks = nullptr;  // may be null: 1 where a block, in the order of the cells, has an occupied cell
+
+  // Blocks of a cascade end where the finer cascade ends, so that no block has cells which that one decides.
+  PMF_HD bool can_have_blocks() const { return resolution % (n_cascades > 1 ? 4 * kBlock : kBlock) == 0; }
 };
 
 template <typename S>
@@ -37,6 +44,7 @@ template <typename S>
 struct Voxel {
   S position[3];
   int64_t cell[3];
+  int64_t level;
   S cells_per_unit;
   bool is_outermost, is_occupied;
 };
@@ -93,22 +101,34 @@ PMF_HD Voxel<S> voxel_at(const MarchGrid<S>& grid, const MarchRay<S>& ray, S t, 
     v.cell[a] = static_cast<int64_t>(inside);
     index = index * grid.resolution + v.cell[a];
   }
+  v.level = level;
   v.cells_per_unit = scale * resolution;
   v.is_outermost = level == grid.n_cascades - 1;
   v.is_occupied = (grid.bits[index >> 3] >> (index & 7)) & 1;
   return v;
 }
 
-// The ray is inside the voxel at least until this t; rounding errors of positions are taken off.
+// Cells along the side of the largest known empty cube around an empty voxel: of its block, or its own.
 template <typename S>
-PMF_HD S voxel_exit(const MarchGrid<S>& grid, const MarchRay<S>& ray, const Voxel<S>& v, S t) {
+PMF_HD int64_t empty_side(const MarchGrid<S>& grid, const Voxel<S>& v) {
+  if (grid.blocks == nullptr) return 1;
+  const int64_t n = grid.resolution / kBlock;
+  const int64_t row = (v.level * n + v.cell[2] / kBlock) * n + v.cell[1] / kBlock;
+  return grid.blocks[row * n + v.cell[0] / kBlock] ? 1 : kBlock;
+}
+
+// The ray is inside the voxel, or the cube of `side`^3 cells around it, at least until this t; rounding errors of
+// positions are taken off.
+template <typename S>
+PMF_HD S voxel_exit(const MarchGrid<S>& grid, const MarchRay<S>& ray, const Voxel<S>& v, S t, int64_t side = 1) {
   const S epsilon = sizeof(S) == 4 ? S(1.1920929e-7) : S(2.220446049250313e-16);
   S length = INFINITY;
   for (int a = 0; a < 3; ++a) {
     const S d = ray.d[a];
     if (d == 0) continue;
     const S half = S(0.5) * S(grid.resolution);
-    const S face = S(0.5) + (S(v.cell[a] + (d > 0 ? 1 : 0)) - half) / v.cells_per_unit;
+    const int64_t first = v.cell[a] & ~(side - 1);  // a power of two
+    const S face = S(0.5) + (S(first + (d > 0 ? side : 0)) - half) / v.cells_per_unit;
     const S margin = 8 * epsilon * (1 + std::fabs(ray.o[a]) + std::fabs(t * d));
     const S gap = (d > 0 ? face - v.position[a] : v.position[a] - face) - margin;
     const S along = gap / std::fabs(d);
@@ -172,7 +192,7 @@ PMF_HD int64_t march_ray(const MarchGrid<S>& grid, const MarchRay<S>& ray, S* st
       p.index += 1;
       continue;
     }
-    const S clear = voxel_exit(grid, ray, v, middle);
+    const S clear = voxel_exit(grid, ray, v, middle, empty_side(grid, v));
     if (clear >= exit && grid.cone_angle == 0) break;
     skip(grid, v, middle, clear, dt, &p);
   }

@@ -5,7 +5,9 @@ torch` is the fastest PyTorch form that we could write; a ratio against it says 
 
 Tolerances are relative 2-norms. Against a float64 reference 2e-5 allows float32 sums of the sizes used here; the hash
 encoding is judged by the float32 reference, since at resolution 2048 the position itself is rounded to 1e-4 cell.
-Where kernels compute in half precision (CUDA's MLPs), 2e-2 is what half has.
+Where kernels compute in half precision (CUDA's MLPs), 2e-2 is what half has. In a whole training step the encoding's
+rounding of up to 2e-5 puts one ReLU input in 10^5 on the other side of its kink; such a gradient is all wrong, so the
+2-norm of them all is wrong by sqrt(1e-5) = 3e-3 at any size.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from posemap_fast.seeding import step_generator
 __all__ = ["StageOne"]
 
 _PLAIN, _TUNED = "plain torch", "tuned torch"
-_TOLERANCE, _HASH_TOLERANCE, _HALF_TOLERANCE, _STEP_TOLERANCE = 2e-5, 1e-4, 2e-2, 1e-3
+_TOLERANCE, _HASH_TOLERANCE, _HALF_TOLERANCE, _STEP_TOLERANCE = 2e-5, 1e-4, 2e-2, 5e-3
 _SHRINK = {"small": 16, "medium": 4, "large": 1}
 _SMOKE_SHRINK = 256
 _FLOAT = 4  # bytes
