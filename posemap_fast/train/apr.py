@@ -104,7 +104,7 @@ class RandomViews(NamedTuple):
 
     poses: torch.Tensor  # (n, 4, 4)
     images: torch.Tensor  # (n, h, w, 3) uint8
-    n_fresh: int
+    posemaps: torch.Tensor | None  # (m, C, rows, cols) at the first m poses: as many as L_rvs compares, if any
 
 
 class APRStage:
@@ -224,8 +224,8 @@ class APRStage:
         if weights.posemap > 0:
             known = online.cache.posemaps[index].repeat(n_features // index.numel(), 1, 1, 1)
             losses["posemap"] = weights.posemap * distance(predicted[:n_features], known)
-        if rvs is not None and weights.rvs_posemap > 0:
-            apart = distance(predicted[n_features:], self._posemaps(rvs.poses))
+        if rvs is not None and rvs.posemaps is not None:
+            apart = distance(predicted[n_features:], rvs.posemaps)
             losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * apart
         return losses
 
@@ -235,16 +235,17 @@ class APRStage:
         """PoseMaps at the predicted poses of real images and fresh random views against those at the true poses."""
         weights, online = self.config.weights, self.online
         n = index.numel() if weights.posemap > 0 else 0
-        n_fresh = rvs.n_fresh if rvs is not None and weights.rvs_posemap > 0 else 0
-        poses = torch.cat([output.c2w[:n], output.c2w[n_features : n_features + n_fresh]])
+        known = None if rvs is None else rvs.posemaps
+        n_random = 0 if known is None else len(known)
+        poses = torch.cat([output.c2w[:n], output.c2w[n_features : n_features + n_random]])
         if poses.shape[0] == 0:
             return {}
         maps = render_posemaps(online.renderer, online.nerfp, poses, self.views.camera)
         losses = {}
         if n:
             losses["posemap"] = weights.posemap * posemap_cosine(maps[:n], online.cache.posemaps[index])
-        if rvs is not None and n_fresh:
-            distance = posemap_l2(maps[n:], self._posemaps(rvs.poses[:n_fresh]), scale=online.feature_scale)
+        if known is not None:
+            distance = posemap_l2(maps[n:], known, scale=online.feature_scale)
             losses["rvs_posemap"] = weights.rvs * weights.rvs_posemap * distance
         return losses
 
@@ -289,10 +290,17 @@ class APRStage:
         """Fresh views of step k, and views of earlier steps."""
         if self.random_views is None:
             return None
-        poses, fresh = self.random_views.draw(k)
-        old_images, old_poses = self.replay.draw(self.config.replay_batch, generator)
-        self.replay.add(fresh, poses)
-        return RandomViews(torch.cat([poses, old_poses]), torch.cat([fresh, old_images]), len(poses))
+        poses, images = self.random_views.draw(k)
+        posemaps = self._posemaps(poses) if self.config.weights.rvs_posemap > 0 else None
+        fresh = (images, poses, posemaps)
+        old = self.replay.draw(self.config.replay_batch, generator)
+        if posemaps is not None and self.net.refiner is not None and len(old) > 0:
+            posemaps = torch.cat([posemaps, self.replay.posemaps(old, self._posemaps)])
+        views = RandomViews(
+            torch.cat([poses, self.replay.poses[old]]), torch.cat([images, self.replay.images[old]]), posemaps
+        )
+        self.replay.add(*fresh)
+        return views
 
     @property
     def seconds_saved(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ __all__ = ["ViewReplay"]
 
 
 class ViewReplay:
-    """Keeps the last `capacity` rendered views with their poses.
+    """Keeps the last `capacity` rendered views with their poses, and their PoseMaps where they are known.
 
     Args:
         capacity: views kept; 0 switches replay off.
@@ -24,27 +25,44 @@ class ViewReplay:
         self.images = torch.zeros(capacity, *image_size, 3, dtype=torch.uint8, device=device)
         self.poses = torch.zeros(capacity, 4, 4, device=device)
         self.n_added = 0
+        self._posemaps: torch.Tensor | None = None  # (capacity, C, rows, cols), once their shape is known
+        self._is_rendered = torch.zeros(capacity, dtype=torch.bool, device=device)
 
     def __len__(self) -> int:
         return min(self.n_added, self.images.shape[0])
 
-    def add(self, images: torch.Tensor, poses: torch.Tensor) -> None:
-        """Store views (n, h, w, 3) uint8 and poses (n, 4, 4) over the oldest ones."""
-        capacity = self.images.shape[0]
+    def add(self, images: torch.Tensor, poses: torch.Tensor, posemaps: torch.Tensor | None = None) -> None:
+        """Store views (n, h, w, 3) uint8, poses (n, 4, 4) and maybe PoseMaps (n, C, rows, cols) over the oldest."""
+        capacity = len(self.poses)
         if capacity == 0:
             return
-        slots = (self.n_added + torch.arange(images.shape[0], device=self.poses.device)) % capacity
+        slots = (self.n_added + torch.arange(len(poses), device=self.poses.device)) % capacity
         self.images[slots], self.poses[slots] = images, poses
-        self.n_added += images.shape[0]
+        self.n_added += len(poses)
+        self._is_rendered[slots] = False
+        if posemaps is not None:
+            self._keep(slots, posemaps)
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Up to `n` views drawn with replacement; none while the ring holds fewer than `n`."""
+    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Slots of `n` views drawn with replacement, (n,); none while the ring holds fewer than `n`."""
         n = n if len(self) >= n else 0
-        index = integers(generator, max(1, len(self)), n, self.poses.device)
-        return self.images[index], self.poses[index]
+        return integers(generator, max(1, len(self)), n, self.poses.device)
+
+    def posemaps(self, slots: torch.Tensor, render: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """PoseMaps (n, C, rows, cols) of some slots; `render` makes those at poses (m, 4, 4) that are not kept."""
+        missing = slots[~self._is_rendered[slots]].unique()
+        if self._posemaps is None or len(missing) > 0:
+            self._keep(missing, render(self.poses[missing]))
+        assert self._posemaps is not None
+        return self._posemaps[slots]
+
+    def _keep(self, slots: torch.Tensor, posemaps: torch.Tensor) -> None:
+        if self._posemaps is None:
+            self._posemaps = posemaps.new_zeros(len(self.poses), *posemaps.shape[1:])
+        self._posemaps[slots], self._is_rendered[slots] = posemaps, True
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled part of the ring."""
+        """The filled part of the ring, without the PoseMaps, which are larger and soon rendered again."""
         return {"images": self.images[: len(self)], "poses": self.poses[: len(self)], "n_added": self.n_added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -52,3 +70,4 @@ class ViewReplay:
         n = state["images"].shape[0]
         self.images[:n], self.poses[:n] = state["images"], state["poses"]
         self.n_added = state["n_added"]
+        self._is_rendered.fill_(False)

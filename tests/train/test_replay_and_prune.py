@@ -32,15 +32,43 @@ def test_images_and_poses_stay_together() -> None:
     ring = ViewReplay(6, (4, 5))
     for value in (1, 2, 3):
         ring.add(*views(2, value))
-    images, poses = ring.draw(50 // 10, generator())
-    assert torch.equal(images[:, 0, 0, 0].float(), poses[:, 0, 0])
+    slots = ring.draw(5, generator())
+    assert len(slots) == 5
+    assert torch.equal(ring.images[slots, 0, 0, 0].float(), ring.poses[slots, 0, 0])
 
 
 def test_ring_that_holds_too_few_gives_none() -> None:
     ring = ViewReplay(6, (4, 5))
     ring.add(*views(2, 1))
-    assert ring.draw(3, generator())[0].shape[0] == 0
-    assert ViewReplay(0, (4, 5)).draw(1, generator())[0].shape[0] == 0
+    assert len(ring.draw(3, generator())) == 0
+    assert len(ViewReplay(0, (4, 5)).draw(1, generator())) == 0
+
+
+def test_posemaps_are_those_of_the_views_in_the_ring_and_rendered_once() -> None:
+    """Also after older views gave up their slots, and after the ring was restored without PoseMaps."""
+    rendered = []
+
+    def render(poses: torch.Tensor) -> torch.Tensor:
+        rendered.extend(poses[:, 0, 0].tolist())
+        return poses[:, :1, :1].reshape(-1, 1, 1, 1).expand(-1, 7, 2, 3)
+
+    def shown(ring: ViewReplay) -> list[float]:
+        return ring.posemaps(torch.tensor([3, 0, 0, 2]), render)[:, 6, 1, 2].tolist()
+
+    ring = ViewReplay(4, (4, 5))
+    for value, is_known in ((1, True), (2, False), (3, True)):
+        images, poses = views(2, value)
+        ring.add(images, poses, render(poses) if is_known else None)
+    rendered.clear()
+    assert shown(ring) == shown(ring) == [2, 3, 3, 2] and rendered == [2, 2]
+    rendered.clear()
+    ring.add(*views(1, 4))  # slot 2
+    assert shown(ring) == [2, 3, 3, 4] and rendered == [4]
+    other = ViewReplay(4, (4, 5))
+    other.load_state_dict(ring.state_dict())
+    ring.load_state_dict(ring.state_dict())
+    rendered.clear()
+    assert shown(other) == shown(ring) == [2, 3, 3, 4] and sorted(rendered) == [2, 2, 3, 3, 4, 4]
 
 
 def test_restored_ring_goes_on_like_the_original() -> None:

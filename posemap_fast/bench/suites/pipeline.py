@@ -29,6 +29,7 @@ _SMOKE = (
     *("network.input_size=[24,32]", "field.log2_hashmap_size=10", "field.n_levels=4", "render.steps_per_unit=48"),
     *("render.occupancy.resolution=16", "nerf.steps=20", "nerf.samples_per_step=1024", "posemap.steps=3"),
     *("apr.steps=4", "apr.batch=2", "apr.rvs_batch=2", "apr.replay_batch=4"),
+    *("align.steps=2", "align.image_pose.steps=2"),
 )
 
 

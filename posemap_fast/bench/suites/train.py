@@ -381,15 +381,15 @@ class _Loop:
             for k in range(len(_ONLINE_STEPS) + config.replay_capacity // config.rvs_batch):
                 poses, images = stage.random_views.draw(k)
                 if k not in _ONLINE_STEPS:
-                    stage.replay.add(images, poses)
+                    stage.replay.add(images, poses, _posemaps(self.scene_map, poses)[0])
         return stage
 
     def step(self, peer: Peer) -> _Step:
         """Steps of that stage, always from the same replay."""
         stage = self.stage(peer)
-        replay = copy.deepcopy(stage.replay.state_dict())
+        replay = copy.deepcopy(stage.replay)
         parameters = list(self.net.parameters())
-        return _Step(stage, _ONLINE_STEPS, parameters, lambda: stage.replay.load_state_dict(replay))
+        return _Step(stage, _ONLINE_STEPS, parameters, lambda: setattr(stage, "replay", copy.deepcopy(replay)))
 
 
 @FAMILIES.register("train/online")
@@ -406,7 +406,7 @@ def train_online(context: BenchContext) -> Iterator[Comparison]:
 
 
 def _online_maps(loop: _Loop, stage: APRStage) -> Iterator[Comparison]:
-    """What the map does in a step: fresh views, and PoseMaps of fresh and of all random views."""
+    """What the map does in a step: fresh views, and their PoseMaps."""
     source = stage.random_views
     assert source is not None
     turn, tolerance = itertools.cycle(_ONLINE_STEPS), loop.scene.tolerance
@@ -418,10 +418,8 @@ def _online_maps(loop: _Loop, stage: APRStage) -> Iterator[Comparison]:
         (loop.config.rvs_batch, "views"),
     )
     fresh, _ = source.draw(_ONLINE_STEPS[0])
-    for name, poses in {"fresh": fresh, "all": torch.cat([fresh, stage.replay.poses])}.items():
-        posemaps = functools.partial(_posemaps, loop.scene_map, poses)
-        size = (len(poses), "PoseMaps")
-        yield _against_plain(f"train/online/posemaps_{name}", posemaps, posemaps, tolerance, size)
+    posemaps = functools.partial(_posemaps, loop.scene_map, fresh)
+    yield _against_plain("train/online/posemaps", posemaps, posemaps, tolerance, (len(fresh), "PoseMaps"))
 
 
 @torch.no_grad()
