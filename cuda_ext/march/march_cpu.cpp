@@ -81,8 +81,9 @@ int fill_samples(MarchGrid<S> grid, const Rays<S>& rays, const int64_t* ray_offs
   grid.blocks = blocks.get();
 #pragma omp parallel for schedule(dynamic, kRaysPerTask) num_threads(n_threads) if (rays.n > kMinRays)
   for (int64_t i = 0; i < rays.n; ++i) {
-    const int64_t first = ray_offsets[i];
-    if (ray_offsets[i + 1] > first) march_one<S>(grid, rays[i], starts + first, ends + first);
+    MarchGrid<S> until_last = grid;
+    until_last.max_samples = ray_offsets[i + 1] - ray_offsets[i];
+    march_one<S>(until_last, rays[i], starts + ray_offsets[i], ends + ray_offsets[i]);
   }
   return PMF_OK;
 }
