@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from posemap_fast.bench.report import print_report as print_bench
+
 _SIGNALS = {124: "ran past its limit", 137: "killed at its limit"}
 
 
@@ -32,7 +34,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "steps": steps,
         "environment": read_json(folder / "environment.log"),
         "backbones": read_json(folder / "backbones.json"),
-        "kernels": read_json(folder / "kernels.json"),
+        "bench": read_json(folder / "bench.json"),
+        "inference": read_json(folder / "inference.json"),
         "pipeline": read_json(folder / "run" / "summary.json"),
     }
 
@@ -45,14 +48,15 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         result = "passed" if status == 0 else _SIGNALS.get(status, f"failed with exit code {status}")
         table.add_row(step["step"], result, f"{step['seconds']} of {step['limit']}")
     console.print(table)
-    for name in ("backbones", "kernels"):
-        if report[name] is None:
-            continue
-        rows = report[name]["results"]
-        figures = Table(*rows[0], title=name)
+    if report["backbones"] is not None:
+        rows = report["backbones"]["results"]
+        figures = Table(*rows[0], title="backbones")
         for row in rows:
             figures.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
         console.print(figures)
+    for name in ("bench", "inference"):
+        if report[name] is not None:
+            print_bench(report[name], console)
 
 
 def main() -> int:
@@ -63,7 +67,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     report = gather(folder)
     (folder / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_report(report, Console(width=110))
+    print_report(report, Console(width=160))
     return 0
 
 

@@ -44,11 +44,13 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 parity=(-m pytest -q -p no:cacheprovider tests/cuda_emulation/test_public_ops.py -k gpu)
 step parity 120 "$python" "${parity[@]}"
-step tests 400 "$python" -m pytest -q -p no:cacheprovider -m "cuda or not cuda"
-step backbones 180 "$python" benchmarks/gpu_backbones.py --json "$out/backbones.json"
-step kernels 120 "$python" benchmarks/gpu_kernels.py --json "$out/kernels.json"
+step tests 330 "$python" -m pytest -q -p no:cacheprovider -m "cuda or not cuda"
+step backbones 150 "$python" benchmarks/gpu_backbones.py --json "$out/backbones.json"
+bench=("$python" -m posemap_fast.bench --device cuda --seconds 0.5)
+step bench 150 "${bench[@]}" --suite ops,render --json "$out/bench.json"
+step inference 120 "${bench[@]}" --suite infer --only 'infer/vgg16/480x854/*' --json "$out/inference.json"
 short=(--set network.weights=random --set nerf.steps=4000 --set posemap.steps=600 --set apr.steps=1200)
-step pipeline 240 "$python" -m posemap_fast.cli train --scene "$scene" --preset gpu --out "$out/run" "${short[@]}"
+step pipeline 210 "$python" -m posemap_fast.cli train --scene "$scene" --preset gpu --out "$out/run" "${short[@]}"
 step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" "${parity[@]}"
 step racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" "${parity[@]}"
 grep -q '"status": [^0]' "$out/steps.jsonl" && finish 1

@@ -6,6 +6,7 @@ happens in the generator, so that the inputs of a comparison can be freed before
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -23,10 +24,16 @@ class BenchContext:
     Attributes:
         device: to run on.
         is_smoke: tiny sizes: that the cases work is what matters, not how long they take.
+        only: pattern of the names of the cases that are wanted; a family may ask before it builds a costly one.
     """
 
     device: torch.device
     is_smoke: bool = False
+    only: str = "*"
+
+    def wants(self, case: str) -> bool:
+        """Whether a case of this name is to be run."""
+        return fnmatch.fnmatchcase(case, self.only)
 
 
 @dataclass(frozen=True)

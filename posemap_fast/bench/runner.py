@@ -6,7 +6,6 @@ so the order of the cases must not matter.
 
 from __future__ import annotations
 
-import fnmatch
 import gc
 import json
 import math
@@ -52,13 +51,13 @@ def run_family(name: str, options: Options) -> Outcome:
     """Verify and time the cases of one family in this process."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    context = BenchContext(torch.device(options.device), options.is_smoke)
+    context = BenchContext(torch.device(options.device), options.is_smoke, options.only)
     outcome = Outcome([], [], [])
     try:
         for case in FAMILIES.get(name)(context):
             if isinstance(case, Skipped):
                 outcome.skipped.append({"case": case.name, "reason": case.reason})
-            elif fnmatch.fnmatchcase(case.name, options.only):
+            elif context.wants(case.name):
                 outcome.rows.extend(row | {"family": name} for row in _rows(case, context, options))
             del case
             gc.collect()

@@ -131,3 +131,17 @@ def test_every_comparison_verifies_on_a_gpu() -> None:
     assert any(case.name.endswith("cuda_graph") for case in cases)
     for case in cases:
         assert case.verify() <= case.tolerance, case.name
+
+
+def test_a_case_that_is_not_wanted_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def make(net: Regressor, images: torch.Tensor) -> Forward:
+        built.append(tuple(images.shape))
+        return net
+
+    for name in ("channels_last", "compile"):
+        monkeypatch.setitem(MODES, name, Mode(make, precisions=("fp32",), is_built=MODES[name].is_built))
+    only = BenchContext(SMOKE.device, only="infer/compact/240x427/batch1/fp32/compile")
+    names = [case.name for case in FAMILIES.get("infer/compact")(only)]
+    assert names == [only.only] and built == [(1, 3, 240, 427)]

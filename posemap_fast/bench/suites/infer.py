@@ -69,6 +69,7 @@ _MAIN = _Shape(240, 427, 1)
 _PAPER = _Shape(480, 854, 1)
 _CPU_SHAPES = (_MAIN, _PAPER, _MAIN._replace(batch=8))
 _SHAPES = {"cpu": _CPU_SHAPES, "cuda": (*_CPU_SHAPES, _PAPER._replace(batch=8))}
+_BUILT_SHAPES = {"cpu": _MAIN, "cuda": _PAPER}
 _SMOKE_SHAPE = _Shape(48, 64, 1)
 _PAPER_NOTES: dict[str, float | str] = {"paper_ms": 6.27, "paper": "VGG-16 at 480x854 on an RTX 4090"}
 
@@ -100,7 +101,7 @@ class Mode:
         make: the network, which is the mode's own, and an example of the images -> what runs images of that shape.
         devices: that it runs on.
         precisions: that it runs in.
-        is_built: making it takes seconds: on CPUs it is done at one size only, and not in the smoke run.
+        is_built: making it takes seconds: it is done at one size only (the paper's on GPUs), not in the smoke run.
     """
 
     make: Callable[[Regressor, torch.Tensor], Forward]
@@ -112,7 +113,7 @@ class Mode:
         """Whether it is to be timed so."""
         device = context.device.type
         is_possible = device in self.devices and precision in self.precisions
-        is_slow_to_get = self.is_built and (context.is_smoke or (device == "cpu" and shape != _MAIN))
+        is_slow_to_get = self.is_built and (context.is_smoke or shape != _BUILT_SHAPES[device])
         return is_possible and not is_slow_to_get and (device, precision) != ("cpu", _GPU_ONLY)
 
 
@@ -266,8 +267,8 @@ def _backbone_family(backbone: str, context: BenchContext) -> Iterator[Compariso
     for shape in (_SMOKE_SHAPE,) if context.is_smoke else _SHAPES[context.device.type]:
         n_flops = _count_flops(Regressor(net), shape.images(0, context.device))
         for (name, mode), (precision, dtype) in itertools.product(MODES.items(), _PRECISIONS.items()):
-            if mode.runs(precision, shape, context):
-                case = f"infer/{backbone}/{shape}/{precision}/{name}"
+            case = f"infer/{backbone}/{shape}/{precision}/{name}"
+            if context.wants(case) and mode.runs(precision, shape, context):
                 yield _of_mode(case, mode, net, dtype, shape, n_flops, context)
 
 
