@@ -40,7 +40,7 @@ from posemap_fast.localize import ErrorModel, SceneMap
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.render import ViewOutput, render_views
 from posemap_fast.run_dir import RunDirectory
-from posemap_fast.train import FieldStage, MetricsLog, TrainingViews, predict, predict_poses
+from posemap_fast.train import FieldStage, MetricsLog, Predictions, TrainingViews, predict, predict_poses
 
 __all__ = [
     "Outcome",
@@ -166,34 +166,29 @@ def model_errors(
         random: poses (n, 4, 4) and images (n, h, w, 3) uint8 that the network was not trained on.
     """
     validation = views["val"]
-    fresh = _with_errors(net, random[1], random[0])
-    c2w, log_sigma, errors = (values[::2] for values in fresh)
-    train = views["train"].c2w
-    model = ErrorModel.fit(train, net.pose_frame, c2w, log_sigma, errors, with_distances=net.refiner is None)
+    found, errors = _with_errors(net, random[1], random[0])
+    halves = [(Predictions(*(values[k::2] for values in found)), errors[k::2]) for k in range(2)]
+    train = views["train"].c2w if net.refiner is None else views["train"].c2w[:0]
+    model = ErrorModel.fit(train, net.pose_frame, *halves[0][0], halves[0][1])
     calibrations = []
-    for c2w, log_sigma, errors in (
-        tuple(values[1::2] for values in fresh),
-        _with_errors(net, validation.images, validation.c2w),
-    ):
-        calibrations.append(calibrate(errors[:, 0], errors[:, 1], model.sigma(c2w, log_sigma)))
+    for found, errors in (halves[1], _with_errors(net, validation.images, validation.c2w)):
+        calibrations.append(calibrate(errors[:, 0], errors[:, 1], model.sigma(*found)))
     return model, widest(*calibrations)
 
 
-def _with_errors(
-    net: APRNet, images: ImageStack | torch.Tensor, c2w: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answers (n, 4, 4), their log sigma (n, 2) and errors (n, 2), on the CPU."""
+def _with_errors(net: APRNet, images: ImageStack | torch.Tensor, c2w: torch.Tensor) -> tuple[Predictions, torch.Tensor]:
+    """Answers for n images, on the CPU, and their errors (n, 2)."""
     found = predict(net, images)
     errors = torch.stack(pose_errors(found.c2w.double(), c2w.double()), dim=1)
-    return found.c2w.cpu(), found.log_sigma.cpu(), errors
+    return Predictions(*(values.cpu() for values in found)), errors
 
 
 def reliability_of(
     net: APRNet, model: ErrorModel, calibration: Calibration, test: TrainingViews
 ) -> dict[str, Reliability]:
     """How calibrated intervals do on test views."""
-    c2w, log_sigma, errors = _with_errors(net, test.images, test.c2w)
-    sigma = model.sigma(c2w, log_sigma)
+    found, errors = _with_errors(net, test.images, test.c2w)
+    sigma = model.sigma(*found)
     factors = (calibration.translation, calibration.rotation)
     return {key: reliability(errors[:, k], sigma[:, k], factors[k]) for k, key in enumerate(("t", "r"))}
 

@@ -66,6 +66,7 @@ class APROutput:
         vector12: (B, 12) row-major [R | t] in the normalised pose frame, R not orthogonalised: the L_pose input.
         head12: (B, 12) of the pose head alone, the start of the solver; `vector12` itself where there is none.
         c2w: (B, 4, 4) camera-to-world in world units, R the nearest rotation.
+        head_c2w: (B, 4, 4) the same of `head12`.
         log_sigma: (B, 2) logarithm of the expected errors, see `PoseHead.log_sigma`.
         features: (levels, B, feature_dim, *feature_size), shallow to deep; None unless asked for.
         posemap: (B, posemap_channels, *posemap_cells) predicted from the image; None unless the pose comes from it.
@@ -74,6 +75,7 @@ class APROutput:
     vector12: torch.Tensor
     head12: torch.Tensor
     c2w: torch.Tensor
+    head_c2w: torch.Tensor
     log_sigma: torch.Tensor
     features: torch.Tensor | None = None
     posemap: torch.Tensor | None = None
@@ -138,13 +140,13 @@ class APRNet(nn.Module):
             taps = [tap[:n_features] for tap in encoded.taps]
             features = self.feature_branch(taps, self.config.feature_size)
         with torch.autocast(head12.device.type, enabled=False):
-            c2w = self.pose_frame.decode(head12)
+            head_c2w = self.pose_frame.decode(head12)
         if self.refiner is None:
             log_sigma = _at_least_float32(self.head.log_sigma(summary))
-            return APROutput(head12, head12, c2w, log_sigma, features)
-        refined = self.refiner(encoded.local, encoded.final, head12, c2w[:, :3, :3])
+            return APROutput(head12, head12, head_c2w, head_c2w, log_sigma, features)
+        refined = self.refiner(encoded.local, encoded.final, head12, head_c2w[:, :3, :3])
         c2w = self.pose_frame.decode(refined.vector12)
-        return APROutput(refined.vector12, head12, c2w, refined.log_sigma, features, refined.posemap)
+        return APROutput(refined.vector12, head12, c2w, head_c2w, refined.log_sigma, features, refined.posemap)
 
     def spread_parameters(self) -> list[nn.Parameter]:
         """What `log_sigma` is read off with: it learns the errors and does not shape the poses; none in the solver."""

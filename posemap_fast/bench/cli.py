@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of torch and of the kernels (default: all cores)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per case, all sides together (default: 2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per case, all sides together (default: 1)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the report here")
     parser.add_argument(
         "--baseline", type=Path, metavar="F", help="an earlier report; exit code 1 when a case is slower"

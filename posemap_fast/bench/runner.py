@@ -32,7 +32,7 @@ class Options:
 
     device: str
     threads: int
-    seconds: float = 2.0  # per case, all sides together
+    seconds: float = 1.0  # per case, all sides together
     is_smoke: bool = False
     only: str = "*"  # pattern of case names
     profile: Path | None = None  # folder for traces of the torch profiler

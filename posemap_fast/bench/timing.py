@@ -16,6 +16,7 @@ __all__ = ["Times", "peak_memory_mib", "time_by_turns"]
 
 _MAX_ROUNDS = 100
 _MAX_PER_ROUND = 10  # runs of a fast side for each run of a slow one
+_SLOW_ROUND_MS, _MIN_SLOW_ROUNDS = 1500.0, 3
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ def time_by_turns(
     median as good as that of the slow one's five.
 
     Args:
-        seconds: to spend, all sides together; `min_repeats` turns are made in any case.
+        seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow.
     """
     sides = [run, *peers.values()]
     clock = _cuda_ms if device.type == "cuda" else _host_ms
     first = [clock(side) for side in sides]
     first = [min(before, clock(side)) if before < 1e3 else before for before, side in zip(first, sides, strict=True)]
     per_turn = [int(min(_MAX_PER_ROUND, max(1, max(first) // max(ms, 1e-3)))) for ms in first]
+    if sum(n * ms for n, ms in zip(per_turn, first, strict=True)) > _SLOW_ROUND_MS:
+        min_repeats = min(min_repeats, _MIN_SLOW_ROUNDS)
     found: list[list[float]] = [[] for _ in sides]
     end = time.perf_counter() + seconds
     gc.collect()

@@ -1,11 +1,16 @@
-"""How wrong an answer is likely to be: from the network's own spread and from how far its pose is from training poses.
+"""How wrong an answer is likely to be: from the network's own spread and from how far its pose is from another.
 
     log sigma = w . [1, log(d_t + e), log(d_R + e), log sigma_net]        one w for translation, one for rotation
 
-d_t and d_R are the distance (in units of the pose frame) and the angle (radians) from the predicted pose to the nearest
-training pose: a regressor knows the places it was trained at, and is worse between and beside them. One that solves
-for the pose from the scene that it sees is not, and is fitted without them. The weights are fitted (Laplace
-likelihood) on fresh random views from all distances; intervals are scaled by conformal quantiles on other views.
+d_t and d_R are the distance (in units of the pose frame) and the angle (radians) from the predicted pose to
+
+- the nearest training pose, where the head regresses it: a regressor knows the places it was trained at, and is worse
+  between and beside them;
+- the head's own pose, where it is solved for from the scene that the image shows: the two are told by different parts
+  of the network, and where they disagree one of them is wrong. (Distances to training poses say nothing there.)
+
+The weights are fitted (Laplace likelihood) on fresh random views from all distances; intervals are scaled by conformal
+quantiles on other views.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ class ErrorModel:
     """Expected errors of answers; make it with `fit`, store it with `to_dict` and `support`.
 
     Attributes:
-        support: (m, 4, 4) float32 training poses, world frame.
+        support: (m, 4, 4) float32 training poses, world frame; with m = 0 distances are those to the head's pose.
         weights: (2, 4) float64, for translation and rotation.
         scale: world units per unit of the pose frame.
     """
@@ -48,25 +53,23 @@ class ErrorModel:
         train_c2w: torch.Tensor,
         frame: PoseFrame,
         c2w: torch.Tensor,
+        head_c2w: torch.Tensor,
         log_sigma: torch.Tensor,
         errors: torch.Tensor,
-        with_distances: bool = True,
     ) -> ErrorModel:
         """Model of the errors of some answers.
 
         Args:
-            train_c2w: (m, 4, 4) training poses, m >= 1.
+            train_c2w: (m, 4, 4) training poses; m = 0: the poses were not regressed.
             frame: of the network.
             c2w: (n, 4, 4) answers.
+            head_c2w: (n, 4, 4) what the network's head alone says.
             log_sigma: (n, 2) of the network, see `PoseHead.log_sigma`.
             errors: (n, 2) true errors in world units and degrees.
-            with_distances: False: d_t and d_R have weight 0.
         """
-        step = -(-len(train_c2w) // _MAX_SUPPORT)
+        step = max(1, -(-len(train_c2w) // _MAX_SUPPORT))
         blank = cls(train_c2w[::step].float().cpu(), torch.zeros(2, 4, dtype=torch.float64), frame.scale)
-        inputs = blank._inputs(c2w, log_sigma)  # (n, 2, 4)
-        if not with_distances:
-            inputs[..., 1:3] = 0  # no gradient: their weights stay 0
+        inputs = blank._inputs(c2w, head_c2w, log_sigma)  # (n, 2, 4)
         wanted = errors.double().cpu().clamp(min=1e-9)
         weights = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([weights], max_iter=_FIT_STEPS, line_search_fn="strong_wolfe")
@@ -81,26 +84,31 @@ class ErrorModel:
         optimizer.step(closure)
         return cls(blank.support, weights.detach(), frame.scale)
 
-    def sigma(self, c2w: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+    def sigma(self, c2w: torch.Tensor, head_c2w: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
         """(n, 2) expected errors of answers (n, 4, 4), before calibration: world units and degrees; on the CPU."""
-        return (self._inputs(c2w, log_sigma) * self.weights).sum(dim=2).exp()
+        return (self._inputs(c2w, head_c2w, log_sigma) * self.weights).sum(dim=2).exp()
 
-    def novelty(self, c2w: torch.Tensor) -> torch.Tensor:
-        """(n, 2) distance and angle (pose-frame units, radians) from poses (n, 4, 4) to the nearest training pose."""
-        found = [self._novelty(part) for part in c2w.detach().float().cpu().split(_CHUNK)]
+    def distances(self, c2w: torch.Tensor, head_c2w: torch.Tensor) -> torch.Tensor:
+        """(n, 2) d_t and d_R of answers (n, 4, 4), for a head that said `head_c2w`: pose-frame units and radians."""
+        c2w = c2w.detach().float().cpu()
+        if len(self.support) == 0:
+            return self._apart(c2w, head_c2w.detach().float().cpu())
+        found = [self._nearest(part) for part in c2w.split(_CHUNK)]
         return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.float64)
 
-    def _novelty(self, c2w: torch.Tensor) -> torch.Tensor:
-        distance = torch.cdist(c2w[:, :3, 3].double(), self.support[:, :3, 3].double()) / self.scale
-        shape = (len(c2w), len(self.support), 3, 3)
-        a, b = c2w[:, None, :3, :3].expand(shape), self.support[None, :, :3, :3].expand(shape)
-        angle = torch.deg2rad(rotation_angle_deg(a.reshape(-1, 3, 3), b.reshape(-1, 3, 3))).double().view(shape[:2])
-        nearest = (distance + angle).argmin(dim=1, keepdim=True)
-        return torch.cat([distance.gather(1, nearest), angle.gather(1, nearest)], dim=1)
+    def _apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """(..., 2) distance and angle between poses (..., 4, 4)."""
+        distance = (a[..., :3, 3].double() - b[..., :3, 3].double()).norm(dim=-1) / self.scale
+        angle = torch.deg2rad(rotation_angle_deg(a[..., :3, :3], b[..., :3, :3])).double()
+        return torch.stack([distance, angle], dim=-1)
 
-    def _inputs(self, c2w: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+    def _nearest(self, c2w: torch.Tensor) -> torch.Tensor:
+        apart = self._apart(c2w[:, None], self.support)  # (n, m, 2)
+        return apart[torch.arange(len(c2w)), apart.sum(dim=2).argmin(dim=1)]
+
+    def _inputs(self, c2w: torch.Tensor, head_c2w: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
         """(n, 2, 4): for translation and rotation."""
-        far = (self.novelty(c2w) + _FLOOR).log()
+        far = (self.distances(c2w, head_c2w) + _FLOOR).log()
         ones = torch.ones_like(far[:, :1])
         own = log_sigma.detach().double().cpu()
         return torch.stack([torch.cat([ones, far, own[:, k : k + 1]], dim=1) for k in range(2)], dim=1)

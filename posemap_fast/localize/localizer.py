@@ -101,7 +101,7 @@ class PoseRegressor:
         factors = [calibration.get(key, {}).get(_SIGMA_LEVEL) for key in ("t", "r")]
         if self.errors is None or None in factors:
             return None, None
-        t, r = self.errors.sigma(output.c2w[:1], output.log_sigma[:1])[0].tolist()
+        t, r = self.errors.sigma(output.c2w[:1], output.head_c2w[:1], output.log_sigma[:1])[0].tolist()
         return t * factors[0], r * factors[1]
 
     def save(self, path: str | Path, scene: str) -> None:

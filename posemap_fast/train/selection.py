@@ -24,19 +24,22 @@ class Predictions(NamedTuple):
     """What a network answers for some images."""
 
     c2w: torch.Tensor  # (n, 4, 4) camera-to-world
+    head_c2w: torch.Tensor  # (n, 4, 4) of the head alone; the same where the pose is not solved for
     log_sigma: torch.Tensor  # (n, 2) of the network, see `PoseHead.log_sigma`
 
 
 @torch.no_grad()
 def predict(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> Predictions:
-    """(n, H, W, 3) uint8 -> poses and their spread, in evaluation mode."""
+    """(n, H, W, 3) uint8 -> poses and what tells how good they are, in evaluation mode."""
     was_training = net.training
     net.eval()
     outputs = [net(network_input(chunk)) for chunk in images.split(batch)]
     net.train(was_training)
     if not outputs:
-        return Predictions(torch.zeros(0, 4, 4, device=images.device), torch.zeros(0, 2, device=images.device))
-    return Predictions(*(torch.cat(part) for part in zip(*((o.c2w, o.log_sigma) for o in outputs), strict=True)))
+        none = torch.zeros(0, 4, 4, device=images.device)
+        return Predictions(none, none, torch.zeros(0, 2, device=images.device))
+    parts = zip(*((o.c2w, o.head_c2w, o.log_sigma) for o in outputs), strict=True)
+    return Predictions(*(torch.cat(part) for part in parts))
 
 
 def predict_poses(net: APRNet, images: ImageStack | torch.Tensor, batch: int = 16) -> torch.Tensor:

@@ -116,7 +116,8 @@ def test_every_backbone_gives_a_map_at_stride_8_and_learns_its_posemap_from_the_
     output = net(images)
     assert output.posemap.shape == (2, _CHANNELS, *_CELLS)
     assert output.vector12.shape == output.head12.shape == (2, 12)
-    torch.testing.assert_close(_FRAME.decode(output.vector12), output.c2w)
+    for vectors, c2w in ((output.vector12, output.c2w), (output.head12, output.head_c2w)):
+        torch.testing.assert_close(net.pose_frame.decode(vectors), c2w)
     (output.vector12.square().sum() + output.head12.square().sum()).backward(retain_graph=True)
     reached = _reached(net)
     assert {"refiner.confidence.weight", "head.output.weight", "refiner.local.weight"} <= reached

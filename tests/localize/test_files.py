@@ -93,7 +93,7 @@ def test_sigma_is_the_error_models_for_this_image_times_the_factor_of_the_68_per
     found = regressor(errors=error_model())
     with torch.no_grad():
         output = found.net(image().permute(2, 0, 1)[None] / 255)
-    t, r = found.errors.sigma(output.c2w, output.log_sigma)[0].tolist()
+    t, r = found.errors.sigma(output.c2w, output.head_c2w, output.log_sigma)[0].tolist()
     answer = found.localize(image())
     assert (answer.sigma_t_m, answer.sigma_r_deg) == pytest.approx((2.0 * t, 0.5 * r), rel=1e-3)
     other = found.localize(image(1))

@@ -34,10 +34,11 @@ def test_chunks_give_what_single_images_give_in_evaluation(net: APRNet, is_train
         for k, image in enumerate(images(5)):
             output = net(network_input(image[None]))
             torch.testing.assert_close(found.c2w[k], output.c2w[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.head_c2w[k], output.head_c2w[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.log_sigma[k], output.log_sigma[0], rtol=1e-3, atol=1e-4)
     assert torch.equal(predict_poses(net, images(5), batch=2), found.c2w)
 
 
 def test_no_image_has_no_answer(net: APRNet) -> None:
     found = predict(net, images(0))
-    assert found.c2w.shape == (0, 4, 4) and found.log_sigma.shape == (0, 2)
+    assert found.c2w.shape == found.head_c2w.shape == (0, 4, 4) and found.log_sigma.shape == (0, 2)

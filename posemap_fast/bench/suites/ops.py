@@ -143,9 +143,9 @@ def tuned_hash_encode(x: torch.Tensor, table: torch.Tensor, spec: HashGridSpec) 
 
 @FAMILIES.register("ops/hash_encode")
 def hash_encode(context: BenchContext) -> Iterator[Comparison]:
-    """Up to 2^18 random points, 16 levels x 2 features, T = 2^19, 16 -> 2048; gradient of the table."""
-    spec = HashGridSpec(log2_hashmap_size=12 if context.is_smoke else 19)
+    """Up to 2^18 random points, T = 2^19 (a table as much smaller as there are fewer points); gradient of the table."""
     for size, shrink in _sizes(context).items():
+        spec = HashGridSpec(log2_hashmap_size=19 - shrink.bit_length() + 1)  # 16 levels x 2 features, 16 -> 2048
         rng, n = step_generator(0, "hash_encode"), 2**18 // shrink
         x = torch.rand(n, 3, generator=rng).to(context.device)
         table = torch.randn(spec.n_entries, spec.n_features_per_level, generator=rng) * 0.1
@@ -154,12 +154,12 @@ def hash_encode(context: BenchContext) -> Iterator[Comparison]:
         yield from _comparisons(
             "hash_encode",
             size,
-            lambda t, x=x: [ops.hash_encode(x, t, spec)],
+            lambda t, x=x, spec=spec: [ops.hash_encode(x, t, spec)],
             {
-                _PLAIN: lambda t, x=x: [plain_hash_encode(x, t, spec)],
-                _TUNED: lambda t, x=x: [tuned_hash_encode(x, t, spec)],
+                _PLAIN: lambda t, x=x, spec=spec: [plain_hash_encode(x, t, spec)],
+                _TUNED: lambda t, x=x, spec=spec: [tuned_hash_encode(x, t, spec)],
             },
-            lambda t, x=x: [plain_hash_encode(x, t, spec)],
+            lambda t, x=x, spec=spec: [plain_hash_encode(x, t, spec)],
             [table.to(context.device).requires_grad_()],
             [cotangent],
             _Work(n, "points", _FLOAT * (read + spec.output_dim * n + 3 * n), 2 * read, backward=1.0),

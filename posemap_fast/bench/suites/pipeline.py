@@ -23,7 +23,7 @@ from posemap_fast.run_dir import RunDirectory, RunIdentity
 __all__ = ["Goal"]
 
 _PRESET, _SEED = "cpu", 0
-_SHORT = ("nerf.steps=800", "posemap.steps=300", "apr.steps=250")
+_SHORT = ("nerf.steps=800", "posemap.steps=300", "apr.steps=150", "align.steps=60")
 _SMOKE = (
     *("data.room_train=12", "data.room_test=4", "data.room_width=32", "data.network_side=0"),
     *("network.input_size=[24,32]", "field.log2_hashmap_size=10", "field.n_levels=4", "render.steps_per_unit=48"),
