@@ -291,16 +291,18 @@ class APRStage:
         if self.random_views is None:
             return None
         poses, images = self.random_views.draw(k)
-        posemaps = self._posemaps(poses) if self.config.weights.rvs_posemap > 0 else None
-        fresh = (images, poses, posemaps)
+        fresh_maps = self._posemaps(poses) if self.config.weights.rvs_posemap > 0 else None
         old = self.replay.draw(self.config.replay_batch, generator)
-        if posemaps is not None and self.net.refiner is not None and len(old) > 0:
-            posemaps = torch.cat([posemaps, self.replay.posemaps(old, self._posemaps)])
-        views = RandomViews(
-            torch.cat([poses, self.replay.poses[old]]), torch.cat([images, self.replay.images[old]]), posemaps
-        )
-        self.replay.add(*fresh)
-        return views
+        all_poses = torch.cat([poses, self.replay.poses[old]])
+        all_images = torch.cat([images, self.replay.images[old]])
+        if fresh_maps is None or self.net.refiner is None:  # PoseMaps at predicted poses are rendered for fresh views
+            self.replay.add(images, poses)
+            return RandomViews(all_poses, all_images, fresh_maps)
+        posemaps = fresh_maps
+        if len(old) > 0:
+            posemaps = torch.cat([fresh_maps, self.replay.posemaps(old, self._posemaps)])
+        self.replay.add(images, poses, fresh_maps)
+        return RandomViews(all_poses, all_images, posemaps)
 
     @property
     def seconds_saved(self) -> float:
