@@ -11,6 +11,5 @@ python="${POSEMAP_PYTHON:-$root/.venv/bin/python}"
 if [[ $# -gt 0 ]]; then
   exec "$python" -m pytest "$@"
 fi
-# The emulated CUDA kernels and the parsers are single-threaded: two processes. All else uses two threads: one process.
-OMP_NUM_THREADS=1 "$python" -m pytest -q -n 2 tests/cuda_emulation tests/data
-exec "$python" -m pytest -q --ignore=tests/cuda_emulation --ignore=tests/data
+# Two processes of one thread each: most tests are too small for a second one. A file's tests share costly fixtures.
+OMP_NUM_THREADS=1 exec "$python" -m pytest -q -n 2 --dist loadfile

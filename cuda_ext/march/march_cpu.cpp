@@ -27,7 +27,7 @@ struct Rays {
 
 template <typename S>
 __attribute__((noinline)) int64_t march_one(const MarchGrid<S>& grid, const MarchRay<S>& ray, S* starts, S* ends) {
-  return march_ray(grid, ray, starts, ends);
+  return march_ray<true>(grid, ray, starts, ends);
 }
 
 template <typename S>

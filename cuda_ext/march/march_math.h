@@ -167,8 +167,9 @@ PMF_HD void skip(const MarchGrid<S>& grid, const Voxel<S>& v, S middle, S clear,
            p->index < kMaxLatticeSteps);
 }
 
-// Number of samples of the ray; they are written if `starts` is not null.
-template <typename S>
+// Number of samples of the ray; they are written if `starts` is not null. Only with kBlocks are `grid.blocks` looked at:
+// on a GPU they would cost registers that the kernel in double precision does not have.
+template <bool kBlocks = false, typename S>
 PMF_HD int64_t march_ray(const MarchGrid<S>& grid, const MarchRay<S>& ray, S* starts, S* ends) {
   S entry, exit;
   if (!clip_ray(grid, ray, &entry, &exit)) return 0;
@@ -192,7 +193,9 @@ PMF_HD int64_t march_ray(const MarchGrid<S>& grid, const MarchRay<S>& ray, S* st
       p.index += 1;
       continue;
     }
-    const S clear = voxel_exit(grid, ray, v, middle, empty_side(grid, v));
+    int64_t side = 1;
+    if constexpr (kBlocks) side = empty_side(grid, v);
+    const S clear = voxel_exit(grid, ray, v, middle, side);
     if (clear >= exit && grid.cone_angle == 0) break;
     skip(grid, v, middle, clear, dt, &p);
   }
