@@ -51,8 +51,6 @@ class Comparison:
         n_bytes, n_flops: least memory traffic and arithmetic of one run: give its share of the machine's ceilings.
         notes: further figures of the case, such as samples per ray; they are printed and stored, not compared.
         min_repeats: timed runs per side, at least.
-        passes: how often its family is gone through, each time with a share of the runs: a machine whose neighbours are
-            busy for seconds is then met in several moods. For families that are quickly set up.
         measured_ms: time of work that was done once and is too long to be repeated: `run` is not called.
     """
 
@@ -67,7 +65,6 @@ class Comparison:
     n_flops: float = 0.0
     notes: Mapping[str, float | str] = field(default_factory=dict)
     min_repeats: int = 5
-    passes: int = 1
     measured_ms: float | None = None
 
 

@@ -6,7 +6,6 @@ so the order of the cases must not matter.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import math
@@ -48,92 +47,41 @@ class Outcome:
     failed: list[dict[str, str]]  # case, reason: what should have worked
 
 
-@dataclass
-class _Record:
-    """What is known of a case, which does not hold its inputs."""
-
-    case: Comparison  # its figures; the callables do nothing
-    error: float
-    memory: float | None
-    ours: Times
-    peers: dict[str, Times]
-
-    @property
-    def is_right(self) -> bool:
-        return self.error <= self.case.tolerance  # False for NaN
-
-
 def run_family(name: str, options: Options) -> Outcome:
     """Verify and time the cases of one family in this process."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     context = BenchContext(torch.device(options.device), options.is_smoke, options.only)
-    records: dict[str, _Record] = {}
-    skipped: list[dict[str, str]] = []
-    n_done, n_passes = 0, 1
+    outcome = Outcome([], [], [])
     try:
-        while n_done < n_passes:
-            for case in FAMILIES.get(name)(context):
-                if isinstance(case, Skipped):
-                    if n_done == 0:
-                        skipped.append({"case": case.name, "reason": case.reason})
-                elif context.wants(case.name):
-                    if n_done == 0:
-                        records[case.name] = _verified(case, context.device, options)
-                        n_passes = 1 if options.is_smoke else max(n_passes, case.passes)
-                    _time(case, records[case.name], context.device, options)
-                del case
-                gc.collect()
-            n_done += 1
+        for case in FAMILIES.get(name)(context):
+            if isinstance(case, Skipped):
+                outcome.skipped.append({"case": case.name, "reason": case.reason})
+            elif context.wants(case.name):
+                outcome.rows.extend(row | {"family": name} for row in _rows(case, context, options))
+            del case
+            gc.collect()
     except PosemapError as error:  # a missing library or compiler
-        skipped.append({"case": name, "reason": str(error)})
-    complete = [record for record in records.values() if record.ours.ms or not record.is_right]
-    return Outcome([row | {"family": name} for record in complete for row in _rows(record)], skipped, [])
+        outcome.skipped.append({"case": name, "reason": str(error)})
+    return outcome
 
 
-def _verified(case: Comparison, device: torch.device, options: Options) -> _Record:
-    """The error of a case; where it is small enough also the memory that it needs, and its trace if that is wanted."""
-    figures = dataclasses.replace(case, run=_nothing, verify=_nothing, peers={})
-    record = _Record(figures, float(case.verify()), None, Times(()), {peer: Times(()) for peer in case.peers})
-    if record.is_right and case.measured_ms is None:
-        record.memory = peak_memory_mib(case.run, device)
-        if options.profile is not None:
-            _profile(case, device, options.profile)
-    return record
-
-
-def _nothing() -> float:
-    return 0.0
-
-
-def _time(case: Comparison, record: _Record, device: torch.device, options: Options) -> None:
-    """Add the times of one pass."""
-    if not record.is_right:
-        return
-    if case.measured_ms is not None:
-        record.ours = Times((case.measured_ms,))
-        return
-    repeats = 1 if options.is_smoke else math.ceil(case.min_repeats / case.passes)
-    seconds = options.seconds / case.passes
-    ours, peers = time_by_turns(case.run, case.peers, device, seconds=seconds, min_repeats=repeats)
-    record.ours += ours
-    record.peers = {peer: record.peers[peer] + times for peer, times in peers.items()}
-
-
-def _rows(record: _Record) -> Iterator[dict[str, Any]]:
+def _rows(case: Comparison, context: BenchContext, options: Options) -> Iterator[dict[str, Any]]:
     """One row per peer; one without a peer where there is none."""
-    case, times = record.case, record.ours
+    error = float(case.verify())
+    is_right = error <= case.tolerance  # False for NaN
     common: dict[str, Any] = {
         "case": case.name,
         "unit": "ms",
-        "verified": record.is_right,
-        "error": record.error if math.isfinite(record.error) else None,
+        "verified": is_right,
+        "error": error if math.isfinite(error) else None,
         "tolerance": case.tolerance,
         "notes": dict(case.notes),
     }
-    if not record.is_right:
-        yield from (_blank(common, peer) for peer in record.peers or [""])
+    if not is_right:
+        yield from (_blank(common, peer) for peer in case.peers or [""])
         return
+    times, peers, memory = _measure(case, context.device, options)
     seconds = times.median / 1e3
     common |= {
         "value": times.median,
@@ -142,16 +90,28 @@ def _rows(record: _Record) -> Iterator[dict[str, Any]]:
         "p95": times.percentile(95),
         "p99": times.percentile(99),
         "repeats": len(times.ms),
-        "peak_memory_mib": record.memory,
+        "peak_memory_mib": memory,
         "rate": case.work / seconds,
         "rate_unit": f"{case.work_unit}/s",
         "bytes_per_s": case.n_bytes / seconds or None,
         "flops_per_s": case.n_flops / seconds or None,
     }
-    if not record.peers:
+    if not peers:
         yield _blank(common, "")
-    for peer, theirs in record.peers.items():
+    for peer, theirs in peers.items():
         yield common | _of_peer(peer, theirs, times)
+
+
+def _measure(case: Comparison, device: torch.device, options: Options) -> tuple[Times, dict[str, Times], float | None]:
+    """Times of our side and of the peers, and the memory of our side."""
+    if case.measured_ms is not None:
+        return Times((case.measured_ms,)), {}, None
+    memory = peak_memory_mib(case.run, device)
+    repeats = 1 if options.is_smoke else case.min_repeats
+    times, peers = time_by_turns(case.run, case.peers, device, seconds=options.seconds, min_repeats=repeats)
+    if options.profile is not None:
+        _profile(case, device, options.profile)
+    return times, peers, memory
 
 
 def _of_peer(peer: str, theirs: Times, ours: Times) -> dict[str, Any]:

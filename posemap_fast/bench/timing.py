@@ -25,9 +25,6 @@ class Times:
 
     ms: tuple[float, ...]
 
-    def __add__(self, other: Times) -> Times:
-        return Times(self.ms + other.ms)
-
     def percentile(self, share: float) -> float:
         """Linear interpolation between the runs; share in percent."""
         return float(np.percentile(self.ms, share))

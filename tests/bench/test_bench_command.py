@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -185,33 +182,6 @@ def test_measured_times_are_taken_as_they_are(families: Registry) -> None:
     families.register("mine/a")(lambda context: iter([case]))
     (row,) = run_family("mine/a", Options("cpu", 1)).rows
     assert calls == [] and row["value"] == 7000 and row["repeats"] == 1 and row["rate"] == pytest.approx(2 / 7)
-
-
-def test_passes_set_the_cases_up_again_and_share_the_runs(families: Registry) -> None:
-    """Verified once; every pass runs what it has set up."""
-    seen: list[str] = []
-    passes = itertools.count()
-
-    def tell(word: str) -> float:
-        seen.append(word)
-        return 0.0
-
-    def family(context: BenchContext) -> Iterator[Comparison | Skipped]:
-        k = next(passes)
-        yield Skipped("c", "not here")
-        for name in ("a", "b"):
-            ours, theirs = functools.partial(tell, f"{name}{k}"), functools.partial(tell, f"their {name}{k}")
-            verify = functools.partial(tell, f"verify {name}{k}")
-            yield Comparison(name, ours, verify, 0.0, {"them": theirs}, min_repeats=6, passes=3)
-
-    families.register("mine/a")(family)
-    found = run_family("mine/a", Options("cpu", 1, seconds=1e-9))
-    assert [row["case"] for row in found.rows] == ["a", "b"] and len(found.skipped) == 1
-    assert next(passes) == 3
-    order = [f"{who}{name}{k}" for k in range(3) for name in "ab" for who in ("", "their ")]
-    assert [word for word in dict.fromkeys(seen) if "verify" not in word] == order
-    assert [word for word in seen if "verify" in word] == ["verify a0", "verify b0"]
-    assert all(row["repeats"] >= 6 and row["peer_value"] is not None for row in found.rows)
 
 
 def test_peers_are_timed_in_turn_with_us(families: Registry) -> None:

@@ -40,7 +40,6 @@ __all__ = ["StageOne"]
 
 _PLAIN, _TUNED = "plain torch", "tuned torch"
 _TOLERANCE, _HASH_TOLERANCE, _HALF_TOLERANCE, _STEP_TOLERANCE = 2e-5, 1e-4, 2e-2, 5e-3
-_PASSES = 3
 _SHRINK = {"small": 16, "medium": 4, "large": 1}
 _SMOKE_SHRINK = 256
 _FLOAT = 4  # bytes
@@ -121,7 +120,6 @@ def _comparisons(
             work_unit=work.unit,
             n_bytes=share * work.n_bytes,
             n_flops=share * work.n_flops,
-            passes=_PASSES,
         )
 
 
@@ -443,6 +441,5 @@ def stage_one(context: BenchContext) -> Iterator[Comparison]:
             peers={name: peer.step for name, peer in peers.items()},
             work=place[1],
             work_unit="rays",
-            passes=_PASSES,
         )
         yield replace(case, notes={"samples per ray": float(StageOne.N_SAMPLES)})
