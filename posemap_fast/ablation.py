@@ -64,13 +64,18 @@ class Ablation:
     reference: str = ""  # row that the others are compared with; empty = the first
     measure: Literal["poses", "pictures"] = "poses"  # pictures: only the field is trained, and its renders are judged
     intervals: bool = False  # also judge the error intervals that a localizer of the row would give
-    outliers: int = 0  # also score this many views farthest from the training cameras' clusters (paper, table 4)
+    outliers: float = 0.0  # also score the views farthest from the training cameras' clusters (paper, table 4): so
+    # many, or a share of the test views if below 1
 
     def __post_init__(self) -> None:
         if not self.rows:
             raise ConfigError("ablation: rows must name at least one row")
         if self.reference and self.reference not in self.rows:
             raise ConfigError(f"ablation: reference '{self.reference}' is no row (rows: {', '.join(self.rows)})")
+        if not self.outliers >= 0 or (self.outliers >= 1 and self.outliers % 1):
+            raise ConfigError(
+                f"ablation: outliers must be a share below 1 or a whole number of views; got {self.outliers}"
+            )
 
     @property
     def reference_row(self) -> str:

@@ -54,13 +54,15 @@ def _by_row(results: Sequence[_Result]) -> dict[tuple[str, str], list[_Result]]:
     return {key: list(group.values()) for key, group in groups.items()}
 
 
-def summarize_rows(results: Sequence[RowResult], reference: str, outliers: int = 0) -> Iterator[dict[str, Any]]:
+def summarize_rows(results: Sequence[RowResult], reference: str, outliers: float = 0.0) -> Iterator[dict[str, Any]]:
     """One summary per scene and row: medians over the seeds of the medians over the views, their spread, the ratio.
 
+    Args:
+        outliers: number of views farthest from the training cameras, or their share if below 1; 0 = none.
     Yields:
         scene, row, n_seeds, median_t, spread_t (half the range over seeds), median_r_deg, spread_r_deg, seconds,
         ratio_t, ratio_r (this row's median over the reference's), metric; with `outliers` also outlier_t and
-        outlier_r_deg, mean errors on that many views farthest from the training cameras (paper, table 4). Where the
+        outlier_r_deg, mean errors on those views (paper, table 4), and mean_t and mean_r_deg, on all views. Where the
         intervals were judged also `trust`: t, r -> inside_50, inside_90 (shares of the errors), surest and best (90th
         percentile of the error of the surest half, and of the half with the smallest errors, over that of all).
     """
@@ -74,13 +76,15 @@ def summarize_rows(results: Sequence[RowResult], reference: str, outliers: int =
         yield {"scene": scene, "row": row, **values, **ratios}
 
 
-def _over_seeds(results: Sequence[RowResult], outliers: int) -> dict[str, Any]:
+def _over_seeds(results: Sequence[RowResult], outliers: float) -> dict[str, Any]:
     t, r = zip(*(result.medians for result in results), strict=True)
     far = {}
     if outliers:
-        views = [(result, result.far_order[:outliers]) for result in results]
+        views = [(result, result.far_order[: _n_far(outliers, len(result.t_err))]) for result in results]
         far["outlier_t"] = median(mean(r.t_err[i] for i in index) for r, index in views)
         far["outlier_r_deg"] = median(mean(r.r_err_deg[i] for i in index) for r, index in views)
+        far["mean_t"] = median(mean(result.t_err) for result in results)
+        far["mean_r_deg"] = median(mean(result.r_err_deg) for result in results)
     return {
         "n_seeds": len(results),
         "median_t": median(t),
@@ -92,6 +96,10 @@ def _over_seeds(results: Sequence[RowResult], outliers: int) -> dict[str, Any]:
         **far,
         **_trust_over_seeds([result.trust for result in results if result.trust]),
     }
+
+
+def _n_far(outliers: float, n_views: int) -> int:
+    return int(outliers) if outliers >= 1 else max(1, round(outliers * n_views))
 
 
 def _trust_over_seeds(trusts: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -273,9 +273,10 @@ def test_markdown_says_how_it_was_made_and_not_where(finished: Finished, tmp_pat
     assert shown in text.splitlines()
     assert "- commit abc123-dirty, torch " in text and "- no posemap: neither L_posemap" in text.splitlines()
     assert str(tmp_path) not in text and str(finished.file.parent) not in text
-    head = "| row | median t | median r (deg) | ratio t | ratio r | seconds | seeds | mean of the 2 farthest |"
-    table = text.splitlines()[text.splitlines().index(head) :]
-    assert table[1] == "|---|---|---|---|---|---|---|---|" and len(table) == 2 + 3
+    head = "| row | median t | median r (deg) | ratio t | ratio r | seconds | seeds |"
+    columns = f"{head} mean, 2 farthest | over that of all |"
+    table = text.splitlines()[text.splitlines().index(columns) :]
+    assert table[1] == "|" + 9 * "---|" and len(table) == 2 + 3
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in [*BASELINES, "no posemap"]]
 
 
@@ -320,6 +321,8 @@ def test_bad_options_are_one_line_and_nothing_is_written(finished, tmp_path, cap
         ("rows: {a: }", "a.yaml: rows.a: must be a section"),
         ("rows: [a, b]", "a.yaml: rows: must be a section of `name: ...`"),
         ("rows: {a: {}}\nreference: b", "a.yaml: ablation: reference 'b' is no row (rows: a)"),
+        ("rows: {a: {}}\noutliers: -1", "a.yaml: ablation: outliers must be a share below 1 or a whole number"),
+        ("rows: {a: {}}\noutliers: 2.5", "whole number of views; got 2.5"),
         ("rows: {a: {}, b: {set: [apr.ema=2]}}", "a.yaml: row 'b': --set apr.ema=2: apr: ema must be in [0, 1)"),
         ("rows: {a: {}}\nset: [apr.x=0]", "a.yaml: row 'a': --set apr.x=0: apr: unknown key 'x'"),
         ("rows: {a: {}}\npreset: fast", "a.yaml: row 'a': --preset fast: unknown preset"),
@@ -408,6 +411,9 @@ def test_summary_by_hand() -> None:
     assert (new["n_seeds"], new["median_t"], new["ratio_t"]) == (2, 1.5, 0.5)
     assert new["ratio_r"] == 1 and rows["a", "mean"]["ratio_t"] == 3 and rows["b", "base"]["ratio_t"] == 1
     assert (base["outlier_t"], base["outlier_r_deg"]) == (4, 3)  # means of views 2 and 0: 15.5, 4, 3 and 4, 3, 2
+    assert (base["mean_t"], base["mean_r_deg"]) == (4, 3)  # of 11, 4, 3 and 3, 3, 2
+    share = next(row for row in summarize_rows(results, "base", outliers=0.4) if row["row"] == "base")
+    assert (share["outlier_t"], share["outlier_r_deg"]) == (4, 3)  # view 2: 30, 4, 3 and 7, 3, 2
     assert "outlier_t" not in next(iter(summarize_rows(results, "base")))
 
 

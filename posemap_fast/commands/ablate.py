@@ -167,6 +167,8 @@ def _cells(ablation: Ablation, row: dict[str, Any]) -> list[str]:
         cells += shares or ["-"] * len(_SHARES)
     if ablation.outliers:
         cells.append(f"{row['outlier_t']:.3f} {unit} / {row['outlier_r_deg']:.2f}")
+        growth = (row[f"outlier_{key}"] / max(row[f"mean_{key}"], 1e-12) for key in ("t", "r_deg"))
+        cells.append(" / ".join(f"{ratio:.2f}" for ratio in growth))
     return cells
 
 
@@ -174,7 +176,9 @@ def _columns(ablation: Ablation) -> list[str]:
     if ablation.measure == "pictures":
         return list(_PICTURE_COLUMNS)
     shares = list(_SHARES.values()) if ablation.intervals else []
-    return [*_COLUMNS, *shares, *([f"mean of the {ablation.outliers} farthest"] if ablation.outliers else [])]
+    outliers = ablation.outliers
+    far = f"{outliers:.0f} farthest" if outliers >= 1 else f"farthest {100 * outliers:g} %"
+    return [*_COLUMNS, *shares, *([f"mean, {far}", "over that of all"] if outliers else [])]
 
 
 def _table(ablation: Ablation, rows: Sequence[dict[str, Any]], scene: str) -> Table:
