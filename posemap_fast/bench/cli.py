@@ -18,7 +18,7 @@ from posemap_fast.bench.case import suite_names
 from posemap_fast.bench.compare import changes, slower, with_baseline
 from posemap_fast.bench.machine import describe_machine
 from posemap_fast.bench.report import print_changes, print_report, write_history
-from posemap_fast.bench.runner import Options, Outcome, run_families_apart, run_family, wait_for_parent
+from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
 from posemap_fast.bench.schema import SCHEMA, problems, read_report
 from posemap_fast.bench.suites import FAMILIES
 from posemap_fast.errors import ConfigError, PosemapError
@@ -41,7 +41,6 @@ examples:
 
 exit code: 0 all is well; 1 a wrong result, a case that failed, or one slower than the baseline allows; 2 bad input"""
 _SMOKE = "smoke"
-_CPU_ROUNDS = 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,13 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of torch and of the kernels (default: all cores)")
     parser.add_argument("--seconds", type=float, default=1.0, help="per case, all sides together (default: 1)")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=0,
-        help="that the time of a case is spread over: each suite is gone through so often (default: 3 on CPUs, whose "
-        "neighbours come and go, 1 on GPUs and in the smoke run)",
-    )
     parser.add_argument("--json", type=Path, metavar="F", help="write the report here")
     parser.add_argument(
         "--baseline", type=Path, metavar="F", help="an earlier report; exit code 1 when a case is slower"
@@ -112,7 +104,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         return _history(options, console)
     how = _options(options)
     if options.family:
-        outcome = run_family(options.family, how, wait_for_parent)
+        outcome = run_family(options.family, how)
         write_text(options.rows, json.dumps(vars(outcome)))
         return 0
     return _measure(options, how, console)
@@ -128,8 +120,8 @@ def _history(options: argparse.Namespace, console: Console) -> int:
 
 
 def _options(options: argparse.Namespace) -> Options:
-    if min(options.threads, options.rounds) < 0 or options.seconds <= 0 or not 0 < options.tolerance < 1:
-        raise ConfigError("--threads and --rounds must be >= 0, --seconds > 0, --tolerance between 0 and 1")
+    if options.threads < 0 or options.seconds <= 0 or not 0 < options.tolerance < 1:
+        raise ConfigError("--threads must be >= 0, --seconds > 0, --tolerance between 0 and 1")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,8 +129,7 @@ def _options(options: argparse.Namespace) -> Options:
         raise ConfigError("--device cuda: torch sees no GPU here")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     is_smoke = options.smoke or options.suite == _SMOKE
-    rounds = options.rounds or (_CPU_ROUNDS if device == "cpu" and not is_smoke else 1)
-    return Options(device, options.threads or cores, options.seconds, is_smoke, options.only, options.profile, rounds)
+    return Options(device, options.threads or cores, options.seconds, is_smoke, options.only, options.profile)
 
 
 def _families(wanted: str) -> list[str]:
@@ -183,11 +174,11 @@ def _measure(options: argparse.Namespace, how: Options, console: Console) -> int
 
 def _run_families(families: Sequence[str], how: Options) -> list[Outcome]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(families) * (1 + how.rounds))
-
-        def report(name: str) -> None:
+        task = progress.add_task("", total=len(families))
+        for name in families:
             progress.update(task, description=name)
+            outcomes.append(run_family_apart(name, how))
             progress.advance(task)
-
-        return run_families_apart(families, how, report)
+    return outcomes

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from posemap_fast.bench.timing import Race
+from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.environment import gather_environment
 from posemap_fast.results import git_commit
 
@@ -27,10 +27,8 @@ def measure_ceilings(device: torch.device, is_smoke: bool = False) -> dict[str, 
     target = torch.empty_like(source)
     side = _GEMM_SIDE // shrink
     a, b = torch.randn(2, side, side, device=device)
-    copy, product = Race(lambda: target.copy_(source), {}, device), Race(lambda: a @ b, {}, device)
-    for race in (copy, product):
-        race.go(seconds, min_turns=5)
-    (copied, _), (multiplied, _) = copy.times(), product.times()
+    copied, _ = time_by_turns(lambda: target.copy_(source), {}, device, seconds=seconds, min_repeats=5)
+    multiplied, _ = time_by_turns(lambda: a @ b, {}, device, seconds=seconds, min_repeats=5)
     return {
         "copy_bytes_per_s": 2 * source.numel() / (copied.median / 1e3),
         "gemm_flops_per_s": 2 * side**3 / (multiplied.median / 1e3),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["Race", "Times", "peak_memory_mib"]
+__all__ = ["Times", "peak_memory_mib", "time_by_turns"]
 
-_MAX_TURNS = 100
-_MAX_PER_TURN = 10  # runs of a fast side for each run of a slow one
-_SLOW_TURN_MS, _MIN_SLOW_TURNS = 1500.0, 3
+_MAX_ROUNDS = 100
+_MAX_PER_ROUND = 10  # runs of a fast side for each run of a slow one
+_SLOW_ROUND_MS, _MIN_SLOW_ROUNDS = 1500.0, 3
 
 
 @dataclass(frozen=True)
@@ -41,46 +40,39 @@ class Times:
         return self.percentile(75) - self.percentile(25)
 
 
-class Race:
-    """Our side and its peers, timed in turn, so that a change of the machine's load meets all of them.
+def time_by_turns(
+    run: Callable[[], object],
+    peers: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    min_repeats: int,
+) -> tuple[Times, dict[str, Times]]:
+    """Time our side and every peer in turn, so that a change of the machine's load meets all of them.
 
-    Every side runs once or twice to warm up. A side that is much faster than the slowest runs up to ten times per turn,
-    with a median as good as that of the slow one's five.
+    Every side runs once to warm up. A side that is much faster than the slowest runs up to ten times per turn, with a
+    median as good as that of the slow one's five.
+
+    Args:
+        seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow.
     """
-
-    def __init__(self, run: Callable[[], object], peers: Mapping[str, Callable[[], object]], device: torch.device):
-        self.peers = tuple(peers)
-        self._sides = [run, *peers.values()]
-        self._clock = _cuda_ms if device.type == "cuda" else _host_ms
-        first = [self._clock(side) for side in self._sides]
-        first = [
-            min(before, self._clock(side)) if before < 1e3 else before
-            for before, side in zip(first, self._sides, strict=True)
-        ]
-        self._per_turn = [int(min(_MAX_PER_TURN, max(1, max(first) // max(ms, 1e-3)))) for ms in first]
-        self.is_slow = sum(n * ms for n, ms in zip(self._per_turn, first, strict=True)) > _SLOW_TURN_MS
-        self._found: list[list[float]] = [[] for _ in self._sides]
-
-    def go(self, seconds: float, min_turns: int, rounds: int = 1) -> None:
-        """Some more turns: one of `rounds` equal parts of what is asked for.
-
-        Args:
-            seconds: to spend, all sides together.
-            min_turns: made in any case, but three are enough where a side is slow.
-        """
-        end = time.perf_counter() + seconds / rounds
-        least = math.ceil((min(min_turns, _MIN_SLOW_TURNS) if self.is_slow else min_turns) / rounds)
-        gc.collect()
-        for turn in range(_MAX_TURNS):
-            if turn >= least and time.perf_counter() >= end:
-                break
-            for side, values, n in zip(self._sides, self._found, self._per_turn, strict=True):
-                values.extend(self._clock(side) for _ in range(n))
-
-    def times(self) -> tuple[Times, dict[str, Times]]:
-        """Ours, and those of the peers, of all turns so far."""
-        ours, *theirs = (Times(tuple(values)) for values in self._found)
-        return ours, dict(zip(self.peers, theirs, strict=True))
+    sides = [run, *peers.values()]
+    clock = _cuda_ms if device.type == "cuda" else _host_ms
+    first = [clock(side) for side in sides]
+    first = [min(before, clock(side)) if before < 1e3 else before for before, side in zip(first, sides, strict=True)]
+    per_turn = [int(min(_MAX_PER_ROUND, max(1, max(first) // max(ms, 1e-3)))) for ms in first]
+    if sum(n * ms for n, ms in zip(per_turn, first, strict=True)) > _SLOW_ROUND_MS:
+        min_repeats = min(min_repeats, _MIN_SLOW_ROUNDS)
+    found: list[list[float]] = [[] for _ in sides]
+    end = time.perf_counter() + seconds
+    gc.collect()
+    for turn in range(_MAX_ROUNDS):
+        if turn >= min_repeats and time.perf_counter() >= end:
+            break
+        for side, values, n in zip(sides, found, per_turn, strict=True):
+            values.extend(clock(side) for _ in range(n))
+    ours, *theirs = (Times(tuple(times)) for times in found)
+    return ours, dict(zip(peers, theirs, strict=True))
 
 
 def _host_ms(run: Callable[[], object]) -> float:

@@ -15,7 +15,7 @@ import torch
 from posemap_fast import ops
 from posemap_fast.bench import cli
 from posemap_fast.bench.case import BenchContext, Comparison, Skipped
-from posemap_fast.bench.runner import Options, run_families_apart, run_family
+from posemap_fast.bench.runner import Options, run_family
 from posemap_fast.bench.schema import problems, read_report
 from posemap_fast.bench.suites import FAMILIES
 from posemap_fast.bench.timing import peak_memory_mib
@@ -25,7 +25,7 @@ from posemap_fast.registry import Registry
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch) -> None:
     """Children would not see what a test plants."""
-    monkeypatch.setattr(cli, "run_families_apart", lambda names, how, report: [run_family(n, how) for n in names])
+    monkeypatch.setattr(cli, "run_family_apart", run_family)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
 
@@ -144,35 +144,24 @@ def test_a_sleep_in_an_op_is_found_against_the_baseline(monkeypatch, tmp_path: P
     assert smoke("compact/*", "--baseline", str(after), *words[:2]) == 0  # faster is no fault
 
 
-def test_families_in_processes_of_their_own_are_timed_in_rounds() -> None:
-    told: list[str] = []
-    names = ["ops/sh_encode", "ops/compact"]
-    how = Options("cpu", 1, seconds=0.01, is_smoke=True, only="*/forward/*", rounds=2)
-    outcomes = run_families_apart(names, how, told.append)
-    assert [[row["case"] for row in outcome.rows] for outcome in outcomes] == [
-        ["sh_encode/forward/smoke"],
-        ["compact/forward/smoke"],
+def test_a_family_in_a_process_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    words = [
+        "--suite",
+        "smoke",
+        "--only",
+        "sh_encode/forward/*",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--seconds",
+        "0.01",
     ]
-    assert told == 3 * names  # set up one after the other, then in turn
-    assert all(row["repeats"] >= 2 for outcome in outcomes for row in outcome.rows)
-
-
-def test_families_that_end_their_processes_have_failed() -> None:
-    names = ["ops/sh_encode", "ops/compact"]
-    outcomes = run_families_apart(names, Options("toaster", 1, is_smoke=True, rounds=2))
-    assert [outcome.failed[0]["case"] for outcome in outcomes] == names
-    assert all("invalid choice: 'toaster'" in outcome.failed[0]["reason"] for outcome in outcomes)
-
-
-def test_rounds_take_turns_with_whatever_else_runs(families: Registry) -> None:
-    order: list[str] = []
-    cases = [Comparison(name, lambda name=name: order.append(name), lambda: 0.0, 0.0, min_repeats=4) for name in "ab"]
-    families.register("mine/a")(lambda context: iter(cases))
-    outcome = run_family("mine/a", Options("cpu", 1, seconds=1e-9, rounds=2), lambda: order.append("|"))
-    rounds = "".join(order).split("|")
-    assert len(rounds) == 3 and all(part.replace("a", "").replace("b", "") == "" for part in rounds)
-    assert all(part.index("b") == part.count("a") for part in rounds[1:])  # a's turns, then b's, in each round
-    assert [row["repeats"] for row in outcome.rows] == [part.count("a") for part in ("".join(rounds[1:]),)] * 2
+    command = [sys.executable, "-m", "posemap_fast.bench", "--family", "ops/sh_encode", "--rows", str(file), *words]
+    assert subprocess.run(command, check=False, timeout=300).returncode == 0
+    outcome = json.loads(file.read_text())
+    assert [row["case"] for row in outcome["rows"]] == ["sh_encode/forward/smoke"]
 
 
 def test_a_case_that_cannot_run_here_is_named_with_its_reason(families: Registry, tmp_path: Path, capsys) -> None:

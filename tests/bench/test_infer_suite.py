@@ -98,6 +98,7 @@ def test_where_torch_cannot_compile_its_mode_is_skipped_with_the_cause(monkeypat
     def fails(images: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nand much more")
 
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda *args, **options: fails)
     case = of_mode("compile")
     assert isinstance(case, Skipped)

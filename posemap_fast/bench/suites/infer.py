@@ -128,6 +128,7 @@ def _channels_last(net: Regressor, images: torch.Tensor) -> Forward:
 
 def _compiled(net: Regressor, images: torch.Tensor) -> Forward:
     """Inductor with the weights as constants: batch norms are folded and convolutions repacked once."""
+    torch.compiler.reset()  # else torch gives up compiling after eight networks of one class
     options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": images.is_cuda}
     compiled = torch.compile(_channels_last(net, images), fullgraph=True, dynamic=False, options=options)
     try:

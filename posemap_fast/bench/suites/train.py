@@ -13,10 +13,8 @@ import dataclasses
 import functools
 import itertools
 import math
-import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,17 +80,14 @@ class _Scene:
     tolerance: float  # of results of our kernels
 
     @classmethod
-    def of(cls, context: BenchContext, *overrides: str) -> _Scene:
-        """At the preset's sizes but for `overrides`; tiny in a smoke run. The folder goes with the scene."""
+    def of(cls, context: BenchContext, folder: Path, *overrides: str) -> _Scene:
+        """At the preset's sizes but for `overrides`; tiny in a smoke run."""
         smoke = _SMOKE if context.is_smoke else ()
         config = load_experiment("cpu", overrides=[*_SHORT, *overrides, *smoke, f"device={context.device}"])
         scene = read_scene("room", config.data)
-        folder = Path(tempfile.mkdtemp(prefix="posemap_bench_"))
         log = MetricsLog(folder / "metrics.jsonl")
         stages = SceneStages(scene, config, _SEED, folder / "checkpoints", log, NoProgress())
-        found = cls(stages, folder, _TOLERANCE[context.device.type])
-        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-        return found
+        return cls(stages, folder, _TOLERANCE[context.device.type])
 
     def map(self) -> SceneMap:
         """After stage 1."""
@@ -227,24 +222,25 @@ def _train_until(stage: FieldStage, look: Callable[[], float], target_db: float)
 def train_field(context: BenchContext) -> Iterator[Comparison]:
     """Stage 1: time to a PSNR on held-out views, then a step and an update of the occupancy grid."""
     target = _SMOKE_TARGET_DB if context.is_smoke else _TARGET_DB
-    scene = _Scene.of(context)
-    with _kernels("native"):
-        stage, reached = _field_from_scratch(scene, target)
-        after = max(reached.steps, math.ceil(stage.config.coarse[1] * stage.n_steps))
-        for k in range(after, after + _SETTLING):
-            stage.step(k)
-    yield Comparison(
-        name=f"train/field/to_{target:.0f}_db",
-        run=_nothing,
-        verify=lambda: 0.0 if reached.psnr_db >= target else math.inf,
-        tolerance=0.0,
-        measured_ms=1e3 * reached.seconds,
-        work=reached.steps,
-        work_unit="steps",
-        notes={"PSNR of held-out views (dB)": reached.psnr_db},
-    )
-    yield _field_step(scene, stage, after)
-    yield _occupancy_update(scene, stage)
+    with tempfile.TemporaryDirectory() as folder:
+        scene = _Scene.of(context, Path(folder))
+        with _kernels("native"):
+            stage, reached = _field_from_scratch(scene, target)
+            after = max(reached.steps, math.ceil(stage.config.coarse[1] * stage.n_steps))
+            for k in range(after, after + _SETTLING):
+                stage.step(k)
+        yield Comparison(
+            name=f"train/field/to_{target:.0f}_db",
+            run=_nothing,
+            verify=lambda: 0.0 if reached.psnr_db >= target else math.inf,
+            tolerance=0.0,
+            measured_ms=1e3 * reached.seconds,
+            work=reached.steps,
+            work_unit="steps",
+            notes={"PSNR of held-out views (dB)": reached.psnr_db},
+        )
+        yield _field_step(scene, stage, after)
+        yield _occupancy_update(scene, stage)
 
 
 def _field_from_scratch(scene: _Scene, target_db: float) -> tuple[FieldStage, _Reached]:
@@ -302,23 +298,24 @@ def _occupancy_update(scene: _Scene, stage: FieldStage) -> Comparison:
 @FAMILIES.register("train/pose_branch")
 def train_pose_branch(context: BenchContext) -> Iterator[Comparison]:
     """Stage 2: a step."""
-    scene = _Scene.of(context, *_FEW_VIEWS, *_THIN)
-    config = scene.stages.config.posemap
-    with _kernels("native"):
-        scene_map = scene.map()
-    stage = PoseBranchStage(
-        dataclasses.replace(config, lr=0.0),
-        scene_map.nerfp,
-        scene_map.decoder,
-        scene_map.pose_frame,
-        scene_map.renderer,
-        scene_map.camera,
-        scene.stages.sampler(scene_map),
-        _SEED,
-    )
-    step = _Step(stage, range(4), [*scene_map.nerfp.pose_parameters(), *scene_map.decoder.parameters()])
-    size = (config.batch, "PoseMaps")
-    yield _against_plain("train/pose_branch/step", step, step.gradients, scene.tolerance, size)
+    with tempfile.TemporaryDirectory() as folder:
+        scene = _Scene.of(context, Path(folder), *_FEW_VIEWS, *_THIN)
+        config = scene.stages.config.posemap
+        with _kernels("native"):
+            scene_map = scene.map()
+        stage = PoseBranchStage(
+            dataclasses.replace(config, lr=0.0),
+            scene_map.nerfp,
+            scene_map.decoder,
+            scene_map.pose_frame,
+            scene_map.renderer,
+            scene_map.camera,
+            scene.stages.sampler(scene_map),
+            _SEED,
+        )
+        step = _Step(stage, range(4), [*scene_map.nerfp.pose_parameters(), *scene_map.decoder.parameters()])
+        size = (config.batch, "PoseMaps")
+        yield _against_plain("train/pose_branch/step", step, step.gradients, scene.tolerance, size)
 
 
 # ---------------------------------------------------------------------------------------------------------- stage 3
@@ -398,13 +395,14 @@ class _Loop:
 @FAMILIES.register("train/online")
 def train_online(context: BenchContext) -> Iterator[Comparison]:
     """Stage 3: the parts of a step, then the step."""
-    scene = _Scene.of(context, *_FEW_VIEWS)
-    with _kernels("native"):
-        loop = _Loop.of(scene)
-        whole = loop.stage(Peer())
-    yield from _online_maps(loop, whole)
-    yield _online_network(loop, whole)
-    yield _online_step(loop)
+    with tempfile.TemporaryDirectory() as folder:
+        scene = _Scene.of(context, Path(folder), *_FEW_VIEWS)
+        with _kernels("native"):
+            loop = _Loop.of(scene)
+            whole = loop.stage(Peer())
+        yield from _online_maps(loop, whole)
+        yield _online_network(loop, whole)
+        yield _online_step(loop)
 
 
 def _online_maps(loop: _Loop, stage: APRStage) -> Iterator[Comparison]:
