@@ -411,9 +411,10 @@ def test_summary_by_hand() -> None:
     assert (new["n_seeds"], new["median_t"], new["ratio_t"]) == (2, 1.5, 0.5)
     assert new["ratio_r"] == 1 and rows["a", "mean"]["ratio_t"] == 3 and rows["b", "base"]["ratio_t"] == 1
     assert (base["outlier_t"], base["outlier_r_deg"]) == (4, 3)  # means of views 2 and 0: 15.5, 4, 3 and 4, 3, 2
-    assert (base["mean_t"], base["mean_r_deg"]) == (4, 3)  # of 11, 4, 3 and 3, 3, 2
-    share = next(row for row in summarize_rows(results, "base", outliers=0.4) if row["row"] == "base")
-    assert (share["outlier_t"], share["outlier_r_deg"]) == (4, 3)  # view 2: 30, 4, 3 and 7, 3, 2
+    assert (new["outlier_t"], new["outlier_r_deg"]) == (3.5, 2.5)  # 5, 2 and 3, 2
+    assert (new["mean_t"], new["mean_r_deg"]) == pytest.approx((17 / 6, 7 / 3))  # 11 / 3, 2 and 8 / 3, 2
+    share = next(row for row in summarize_rows(results, "base", outliers=0.4) if row["row"] == "new")
+    assert (share["outlier_t"], share["outlier_r_deg"]) == (5.5, 2)  # view 2 alone: 9, 2 and 2, 2
     assert "outlier_t" not in next(iter(summarize_rows(results, "base")))
 
 
