@@ -145,7 +145,8 @@ class APRNet(nn.Module):
             log_sigma = _at_least_float32(self.head.log_sigma(summary))
             return APROutput(head12, head12, head_c2w, head_c2w, log_sigma, features)
         refined = self.refiner(encoded.local, encoded.final, head12, head_c2w[:, :3, :3])
-        c2w = self.pose_frame.decode(refined.vector12)
+        with torch.autocast(head12.device.type, enabled=False):
+            c2w = self.pose_frame.decode(refined.vector12)
         return APROutput(refined.vector12, head12, c2w, head_c2w, refined.log_sigma, features, refined.posemap)
 
     def spread_parameters(self) -> list[nn.Parameter]:

@@ -126,6 +126,29 @@ def test_every_backbone_gives_a_map_at_stride_8_and_learns_its_posemap_from_the_
     assert {"refiner.posemap.weight", "refiner.posemap.bias"} == _reached(net) - reached
 
 
+@pytest.mark.parametrize("backbone", BACKBONES.names())
+def test_a_pass_in_bfloat16_solves_for_the_pose_in_float32(backbone):
+    """What the preset `gpu` does: half of the bits in the backbone, none lost in the solver and the rotations."""
+    net = _network(backbone).eval()
+    images = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    inside: list[torch.dtype] = []
+    net.backbone.register_forward_hook(lambda _, __, output: inside.append(output.local.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(images)
+        (output.vector12.square().sum() + output.posemap.square().sum()).backward()
+    assert inside == [torch.bfloat16]
+    found = (output.vector12, output.head12, output.c2w, output.head_c2w, output.log_sigma, output.posemap)
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    assert all(
+        tensor.isfinite().all() for tensor in [*found, *(p.grad for p in net.parameters() if p.grad is not None)]
+    )
+    for c2w in (output.c2w, output.head_c2w):
+        rotation = c2w[:, :3, :3]
+        torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(2, 3, 3), rtol=0, atol=1e-5)
+    exact = net(images).posemap.detach()
+    torch.testing.assert_close(output.posemap.detach(), exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+
+
 def _reached(net: APRNet) -> set[str]:
     return {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
 
