@@ -199,8 +199,7 @@ class SceneStages:
                 size,
                 self.meter,
             )
-        norm = float(cache.posemaps.square().sum(dim=1).mean().sqrt())
-        online = OnlineMap(scene_map.nerfp, scene_map.renderer, sampler, cache, max(norm, 1e-6))
+        online = OnlineMap(scene_map.nerfp, scene_map.renderer, sampler, cache, max(cache.feature_scale, 1e-6))
         self._fit_readout(online, scene_map.pose_frame)
         return online
 

@@ -84,23 +84,27 @@ class PoseMapReadout(nn.Module):
         Raises:
             ConfigError: no cell has a point.
         """
-        cells = posemaps.permute(0, 2, 3, 1).reshape(-1, posemaps.shape[1])
-        is_solid = (opacity > _LEAST_OPACITY).flatten()
-        cells, wanted = cells[is_solid], points.reshape(-1, 3)[is_solid]
-        if len(cells) == 0:
+        is_solid = opacity > _LEAST_OPACITY
+        view, row, col = torch.nonzero(
+            is_solid, as_tuple=True
+        )  # the PoseMaps themselves are not copied: they are large
+        if len(view) == 0:
             raise ConfigError("the map is empty: no ray of a training view meets anything; train stage 1 longer")
+        wanted = points[is_solid]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, "readout/initial weights"))
-            readout = cls(cells.shape[1]).to(cells.device)
-        readout.posemap_scale.fill_(float(cells.square().sum(dim=1).mean().sqrt().clamp(min=1e-6)))
+            readout = cls(posemaps.shape[1]).to(posemaps.device)
+        norms = torch.linalg.vector_norm(posemaps, dim=1)[is_solid]
+        readout.posemap_scale.fill_(float(norms.square().mean().sqrt().clamp(min=1e-6)))
         readout.point_scale.fill_(float(wanted.norm(dim=1).median().clamp(min=1e-6)))
         optimizer = torch.optim.Adam(readout.parameters(), lr=_FIT_RATE, fused=True)
-        n = min(_FIT_CELLS, len(cells))
+        n = min(_FIT_CELLS, len(view))
         for k in range(_FIT_STEPS):
             for group in optimizer.param_groups:
                 group["lr"] = _FIT_RATE * max(0.01, 0.5 * (1 + math.cos(math.pi * k / _FIT_STEPS)))
-            chosen = integers(step_generator(seed, "readout", k), len(cells), n, cells.device)
-            error = (readout._points(cells[chosen]) - wanted[chosen]).norm(dim=1) / readout.point_scale
+            chosen = integers(step_generator(seed, "readout", k), len(view), n, posemaps.device)
+            cells = posemaps[view[chosen], :, row[chosen], col[chosen]]  # (n, C)
+            error = (readout._points(cells) - wanted[chosen]).norm(dim=1) / readout.point_scale
             optimizer.zero_grad(set_to_none=True)
             error.clamp(max=_FIT_CLIP).mean().backward()
             optimizer.step()

@@ -43,10 +43,9 @@ class ViewCache:
     ) -> ViewCache:
         """Read the cache of this run, or render it (seconds to a minute) and write it atomically."""
         if path.exists():
-            kept = torch.load(path, map_location=views.c2w.device, weights_only=True)
-            return cls(**kept)
-        renders, cells = [], []
+            return cls(**torch.load(path, map_location=views.c2w.device, weights_only=True))
         codes = nerfp.appearance_code(views.histograms)
+        kept: list[torch.Tensor] = []  # filled in place: PoseMaps of a thousand views are a gigabyte
         with meter.task("view cache", total=len(views), start=0) as task:
             for i in range(len(views)):
                 view = render_views(
@@ -58,10 +57,17 @@ class ViewCache:
                     image_size=image_size,
                     with_posemap=False,
                 )
-                renders.append(to_uint8(view.rgb))
-                cells.append(render_cells(renderer, nerfp, views.c2w[i : i + 1], views.camera))
+                found = (to_uint8(view.rgb), *render_cells(renderer, nerfp, views.c2w[i : i + 1], views.camera))
+                kept = kept or [part.new_empty(len(views), *part.shape[1:]) for part in found]
+                for whole, part in zip(kept, found, strict=True):
+                    whole[i : i + 1] = part
                 task.update(i + 1)
-        cache = cls(torch.cat(renders), *(torch.cat(part) for part in zip(*cells, strict=True)))
+        cache = cls(*kept)
         with atomic_path(path) as temporary:
             torch.save(vars(cache), temporary)
         return cache
+
+    @property
+    def feature_scale(self) -> float:
+        """Root mean square norm of a PoseMap's cell."""
+        return float(torch.linalg.vector_norm(self.posemaps, dim=1).square().mean().sqrt())
