@@ -57,7 +57,7 @@ class AppearanceEncoder(nn.Module):
 
     def __init__(self, dim: int, mean_histogram: torch.Tensor, hidden: int = 32):
         super().__init__()
-        self.register_buffer("mean_histogram", mean_histogram.float())
+        self.register_buffer("mean_histogram", mean_histogram.detach().float().clone())  # two encoders share no memory
         first, last = nn.Linear(N_BINS, hidden), nn.Linear(hidden, dim)
         nn.init.zeros_(first.bias)
         nn.init.zeros_(last.bias)

@@ -70,6 +70,16 @@ def test_map_switches_backbone_with_its_transient_branch(frame) -> None:
     assert all(torch.equal(other[name], value) for name, value in nerfp.state_dict().items())
 
 
+def test_no_two_tensors_share_memory(frame) -> None:
+    """Or the map could not be written, and training one branch would change the other."""
+    mean = torch.rand(10)
+    nerfp = NeRFP(CONFIG, frame, mean)
+    other = nerfp.with_backbone("reference")
+    tensors = [mean, *nerfp.state_dict().values(), *other.state_dict().values()]
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    assert len(set(addresses)) == len(addresses)
+
+
 def test_negative_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="transient_dim must be >= 0; got -1"):
         dataclasses.replace(CONFIG, transient_dim=-1)
