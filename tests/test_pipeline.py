@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from posemap_fast.cli import main
+from posemap_fast.experiment import preset_names
 from posemap_fast.localize import PoseRegressor, SceneMap
 
 MINIATURE = [
@@ -65,6 +66,41 @@ def test_run_leaves_every_file_of_the_contract(finished: Path) -> None:
     assert set(summary["baselines"]) == {"mean_pose", "nearest_view", "pose_only"}
     assert summary["apr"]["n_test"] == 6 and set(summary["apr"]["recall"]) >= {"0.05m_5deg"}
     assert summary["time_s"]["total"] > 0
+
+
+FEW_STEPS = [
+    *("data.room_train=16", "data.room_test=6", "data.room_width=48", "data.network_side=0", "data.max_side=0"),
+    *("data.unlabelled_every=3", "field.log2_hashmap_size=12", "render.steps_per_unit=48"),
+    *("render.occupancy.resolution=32", "nerf.steps=40", "nerf.samples_per_step=4096", "posemap.steps=2"),
+    *("posemap.batch=2", "network.weights=random", "network.input_size=[36,48]", "apr.steps=3", "apr.batch=2"),
+    *(
+        "apr.rvs_batch=1",
+        "align.steps=2",
+        "align.batch=2",
+        "align.image_pose.steps=2",
+        "align.image_pose.rows=8",
+        "device=cpu",
+        "threads=1",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "further"),
+    [
+        *((name, ()) for name in preset_names() if name != "smoke"),
+        ("smoke", ("field.transient_dim=4", "apr.ema=0.9", "network.head=attention", "protocol=transductive")),
+    ],
+)
+def test_every_preset_runs_all_its_stages(preset: str, further: tuple[str, ...], tmp_path: Path) -> None:
+    """As it is but for sizes and steps: its losses, network, precision and alignment meet each other."""
+    changes = [word for change in (*FEW_STEPS, *further) for word in ("--set", change)]
+    assert main(["train", "--out", str(tmp_path / "run"), "--preset", preset, "--quiet", *changes]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["preset"] == preset
+    assert all(np.isfinite(summary[key]["median_t_m"]) for key in ("apr", "aligned"))
+    assert PoseRegressor.load(tmp_path / "run" / "localizer.pmnet").errors is not None
+    assert SceneMap.load(tmp_path / "run" / "scene.map").name == "room"
 
 
 def test_second_call_says_that_it_is_done_and_changes_nothing(finished: Path, capsys) -> None:

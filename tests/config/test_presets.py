@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from posemap_fast.config import diff
@@ -27,6 +29,17 @@ def test_paper_preset_holds_the_constants_of_the_paper() -> None:
     assert (weights.pose, weights.image, weights.posemap, weights.rvs) == (1.0, 1.0, 1.0, 1.0)
     assert paper.pose_scale == "metric" and paper.protocol == "transductive"
     assert paper.field.pose_features == 256
+
+
+def test_gpu_preset_is_the_recipe_of_the_cpu_preset_at_another_size() -> None:
+    """What ablations on the CPU chose is not lost on a GPU, where they would take another machine."""
+    cpu, gpu = load_experiment("cpu"), load_experiment("gpu")
+    assert gpu.apr.weights == cpu.apr.weights and gpu.apr.translation_weight == cpu.apr.translation_weight
+    assert gpu.network.pose_from == cpu.network.pose_from == "posemap"
+    assert gpu.rvs == dataclasses.replace(cpu.rvs, coarseness=gpu.rvs.coarseness)
+    assert (gpu.nerf.distortion, gpu.field.appearance_dim) == (cpu.nerf.distortion, cpu.field.appearance_dim)
+    assert gpu.posemap.range_scale == cpu.posemap.range_scale
+    assert gpu.align.posemap_weight == cpu.align.posemap_weight and gpu.pose_scale == cpu.pose_scale
 
 
 def test_unknown_key_names_the_nearest() -> None:
