@@ -73,6 +73,11 @@ class ExperimentConfig:
             _check_device(self.device)
         BACKBONES.get(self.network.backbone)
         HEADS.get(self.network.head)
+        if not self.apr.teaches_poses:
+            raise ConfigError(
+                "apr: nothing to learn from: weights.pose, image, posemap and rvs are all 0 (rvs counts as 0 when "
+                "rvs_batch is); set one of them"
+            )
         if self.align.method == "paper" and self.network.pose_from == "posemap":
             raise ConfigError(
                 "align.method=paper teaches by the gradient of the pose, which does not reach a predicted PoseMap; "

@@ -84,6 +84,15 @@ class APRTrainConfig:
             raise ConfigError(f"render_scale must be in [0, 1]; got {self.render_scale}")
         if not 0 < self.subset <= 1:
             raise ConfigError(f"subset must be in (0, 1]; got {self.subset}")
+        if self.weights.image > 0 and self.batch < 2:
+            raise ConfigError("weights.image needs batch >= 2: it compares images with each other; or set it to 0")
+
+    @property
+    def teaches_poses(self) -> bool:
+        """Whether any loss but that of the error sizes is on."""
+        weights = self.weights
+        has_views = weights.rvs > 0 and self.rvs_batch > 0
+        return weights.pose > 0 or weights.image > 0 or weights.posemap > 0 or has_views
 
 
 @dataclass

@@ -45,3 +45,11 @@ def test_gpu_preset_is_the_recipe_of_the_cpu_preset_at_another_size() -> None:
 def test_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'relative_translation'"):
         load_experiment("cpu", [], ["rvs.relative_translatoin=1"])
+
+
+@pytest.mark.parametrize("left", [["apr.weights.rvs=0"], ["apr.rvs_batch=0"]])
+def test_a_run_without_a_loss_is_refused(left: list[str]) -> None:
+    others = [f"apr.weights.{name}=0" for name in ("pose", "image", "posemap")]
+    load_experiment("cpu", [], others)
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        load_experiment("cpu", [], [*others, *left])

@@ -336,3 +336,9 @@ def test_alignment_that_makes_validation_worse_keeps_the_start(parts, camera) ->
         stage.step(k)
     assert stage.best.state["step"] == 0
     assert all(torch.equal(value, start[name]) for name, value in stage.best.state["net"].items())
+
+
+def test_image_loss_needs_two_images() -> None:
+    with pytest.raises(ConfigError, match="image needs batch >= 2"):
+        APRTrainConfig(batch=1)
+    APRTrainConfig(batch=1, weights=LossWeights(image=0))
