@@ -85,9 +85,8 @@ class PoseMapReadout(nn.Module):
             ConfigError: no cell has a point.
         """
         is_solid = opacity > _LEAST_OPACITY
-        view, row, col = torch.nonzero(
-            is_solid, as_tuple=True
-        )  # the PoseMaps themselves are not copied: they are large
+        # Cells are picked step by step: the PoseMaps are too large to be copied.
+        view, row, col = torch.nonzero(is_solid, as_tuple=True)
         if len(view) == 0:
             raise ConfigError("the map is empty: no ray of a training view meets anything; train stage 1 longer")
         wanted = points[is_solid]
