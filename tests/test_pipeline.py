@@ -69,9 +69,9 @@ def test_run_leaves_every_file_of_the_contract(finished: Path) -> None:
 
 
 FEW_STEPS = [
-    *("data.room_train=16", "data.room_test=6", "data.room_width=48", "data.network_side=0", "data.max_side=0"),
-    *("data.unlabelled_every=3", "field.log2_hashmap_size=12", "render.steps_per_unit=48"),
-    *("render.occupancy.resolution=32", "nerf.steps=40", "nerf.samples_per_step=4096", "posemap.steps=2"),
+    *("data.room_train=10", "data.room_test=3", "data.room_width=48", "data.network_side=0", "data.max_side=0"),
+    *("data.unlabelled_every=3", "field.log2_hashmap_size=12", "render.steps_per_unit=24"),
+    *("render.occupancy.resolution=32", "nerf.steps=40", "nerf.samples_per_step=2048", "posemap.steps=2"),
     *("posemap.batch=2", "network.weights=random", "network.input_size=[36,48]", "apr.steps=3", "apr.batch=2"),
     *(
         "apr.rvs_batch=1",
