@@ -14,7 +14,7 @@ import torch
 
 from posemap_fast.registry import Registry
 
-__all__ = ["FAMILIES", "BenchContext", "Comparison", "Family", "Skipped", "suite_names"]
+__all__ = ["FAMILIES", "REPEATED", "BenchContext", "Comparison", "Family", "Skipped", "suite_names"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Skipped:
 
 Family = Callable[[BenchContext], Iterator[Comparison | Skipped]]
 FAMILIES: Registry[Family] = Registry("benchmark")
+REPEATED: set[str] = set()
+"""Suites of cases so short that what the machine is doing at the time decides: they are run in several passes."""
 
 
 def suite_names() -> list[str]:

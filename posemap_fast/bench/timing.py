@@ -16,7 +16,8 @@ __all__ = ["Times", "peak_memory_mib", "time_by_turns"]
 
 _MAX_ROUNDS = 100
 _MAX_PER_ROUND = 10  # runs of a fast side for each run of a slow one
-_SLOW_ROUND_MS, _MIN_SLOW_ROUNDS = 1500.0, 3
+_SLOW_ROUND_MS, _MIN_SLOW_ROUNDS, _MAX_PER_SLOW_ROUND = 1500.0, 3, 3
+_WARM_MS = 1000.0  # a run as long as this needs no other to warm up
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def time_by_turns(
 ) -> tuple[Times, dict[str, Times]]:
     """Time our side and every peer in turn, so that a change of the machine's load meets all of them.
 
-    Every side runs once to warm up. A side that is much faster than the slowest runs up to ten times per turn, with a
-    median as good as that of the slow one's five.
+    Every side runs once to warm up; a run of more than a second counts. A side that is much faster than the slowest
+    runs up to ten times per turn, three times where a turn is long, so that its median is as good as the other.
 
     Args:
         seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow.
@@ -59,14 +60,15 @@ def time_by_turns(
     sides = [run, *peers.values()]
     clock = _cuda_ms if device.type == "cuda" else _host_ms
     first = [clock(side) for side in sides]
-    first = [min(before, clock(side)) if before < 1e3 else before for before, side in zip(first, sides, strict=True)]
+    found = [[ms] if ms >= _WARM_MS else [] for ms in first]
+    first = [before if before >= _WARM_MS else min(before, clock(s)) for before, s in zip(first, sides, strict=True)]
     per_turn = [int(min(_MAX_PER_ROUND, max(1, max(first) // max(ms, 1e-3)))) for ms in first]
     if sum(n * ms for n, ms in zip(per_turn, first, strict=True)) > _SLOW_ROUND_MS:
         min_repeats = min(min_repeats, _MIN_SLOW_ROUNDS)
-    found: list[list[float]] = [[] for _ in sides]
+        per_turn = [min(n, _MAX_PER_SLOW_ROUND) for n in per_turn]
     end = time.perf_counter() + seconds
     gc.collect()
-    for turn in range(_MAX_ROUNDS):
+    for turn in range(int(any(found)), _MAX_ROUNDS):
         if turn >= min_repeats and time.perf_counter() >= end:
             break
         for side, values, n in zip(sides, found, per_turn, strict=True):

@@ -1,0 +1,106 @@
+"""Passes over the short cases: each side's best counts, what is verified once is not verified again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+
+from posemap_fast.bench import cli, timing
+from posemap_fast.bench.case import Comparison
+from posemap_fast.bench.passes import best_of
+from posemap_fast.bench.runner import Options, run_family, run_family_apart
+from posemap_fast.bench.schema import read_report
+from posemap_fast.bench.timing import time_by_turns
+from posemap_fast.registry import Registry
+
+
+def row(value: float | None, peer_value: float | None, case: str = "a", **fields: Any) -> dict[str, Any]:
+    """A row of a report; rates follow from the value."""
+    found = {"case": case, "peer": "them", "verified": True, "repeats": 5, "iqr": 0.1, "peer_iqr": 0.2}
+    found |= {"value": value, "p50": value, "p95": value, "p99": value, "bytes_per_s": None, "flops_per_s": None}
+    found |= {"peer_value": peer_value, "rate": value and 1 / value, "ratio_to_reference": None, "error": 1e-7}
+    return found | fields
+
+
+def test_each_side_has_its_best_pass() -> None:
+    (found,) = best_of([row(2.0, 10.0)], [row(3.0, 8.0, iqr=0.5, peer_iqr=0.7, error=0.0)])
+    assert (found["value"], found["iqr"], found["rate"]) == (2.0, 0.1, 0.5)
+    assert (found["peer_value"], found["peer_iqr"]) == (8.0, 0.7)
+    assert found["ratio_to_reference"] == 4.0 and found["repeats"] == 10 and found["error"] == 1e-7
+    (found,) = best_of([row(2.0, 10.0)], [row(1.0, 12.0, iqr=0.5)])
+    assert (found["value"], found["iqr"], found["rate"], found["ratio_to_reference"]) == (1.0, 0.5, 1.0, 10.0)
+
+
+def test_what_was_wrong_or_is_not_there_stays_as_it_was() -> None:
+    wrong = row(None, None, verified=False, repeats=None)
+    alone = row(2.0, None, case="alone", peer="")
+    other = row(7.0, 9.0, case="other")
+    again = [row(1.0, 5.0), row(1.5, None, case="alone", peer=""), row(1.0, 1.0, case="unknown")]
+    found = best_of([wrong, alone, other], again)
+    assert found[0] == wrong and found[2] == other and len(found) == 3
+    assert found[1]["value"] == 1.5 and found[1]["ratio_to_reference"] is None
+
+
+@pytest.mark.parametrize(("words", "n_passes"), [(["--passes", "2"], 2), ([], 3), (["--smoke"], 1)])
+def test_the_passes_are_timed_and_only_the_first_is_verified(words, n_passes: int, monkeypatch, tmp_path) -> None:
+    calls = {"verify": 0, "run": 0}
+
+    def count(name: str) -> float:
+        calls[name] += 1
+        return 0.0
+
+    families: Registry = Registry("benchmark")
+    for suite in ("mine", "yours"):
+        case = Comparison(suite, lambda: count("run"), lambda: count("verify"), 0.0, min_repeats=1)
+        families.register(f"{suite}/a")(lambda context, case=case: iter([case]))
+    for module in ("cli", "runner", "case"):
+        monkeypatch.setattr(f"posemap_fast.bench.{module}.FAMILIES", families)
+    runs: list[tuple[str, bool, float]] = []
+
+    def here(name: str, how: Options):
+        runs.append((name, how.is_verified, how.seconds))
+        return run_family(name, how)
+
+    describe = cli.describe_machine
+    monkeypatch.setattr(cli, "describe_machine", lambda device, threads, is_smoke: describe(device, threads, True))
+    monkeypatch.setattr(cli, "run_family_apart", here)
+    monkeypatch.setattr(cli, "REPEATED", {"mine"})
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    file = tmp_path / "report.json"
+    arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0.003", "--json", str(file), *words]
+    assert cli.main(arguments) == 0
+    assert [name for name, *_ in runs] == ["mine/a", "yours/a"] + ["mine/a"] * (n_passes - 1)
+    assert [verified for _, verified, _ in runs] == [False, False] + [True] * (n_passes - 1)
+    assert runs[0][2] == pytest.approx(0.003 / n_passes) and runs[1][2] == 0.003
+    assert calls["verify"] == 2
+    mine = next(r for r in read_report(file)["results"] if r["family"] == "mine/a")
+    assert mine["verified"] and mine["repeats"] >= n_passes
+
+
+def test_a_run_of_more_than_a_second_needs_no_warming_up(monkeypatch) -> None:
+    taken = iter([2000.0, 5.0, 4.0] + [1900.0, 6.0, 6.0, 6.0] * 2)
+    monkeypatch.setattr(timing, "_host_ms", lambda run: next(taken))
+    slow, others = time_by_turns(lambda: None, {"fast": lambda: None}, torch.device("cpu"), seconds=0.01, min_repeats=5)
+    assert slow.ms == (2000.0, 1900.0, 1900.0)
+    assert others["fast"].ms == (6.0,) * 6  # three runs in a long turn, its first two to warm up
+
+
+@pytest.mark.parametrize("own", [None, "65536"])
+def test_processes_have_fixed_thresholds_of_malloc_unless_the_user_has(own, monkeypatch) -> None:
+    seen: dict[str, str] = {}
+
+    def run(command, **options):
+        seen.update(options["env"])
+        return subprocess.CompletedProcess(command, 1, stderr="it ended")
+
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    if own:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", own)
+    monkeypatch.setattr(subprocess, "run", run)
+    outcome = run_family_apart("ops/compact", Options("cpu", 1))
+    assert outcome.failed == [{"case": "ops/compact", "reason": "it ended"}]
+    assert seen["MALLOC_MMAP_THRESHOLD_"] == (own or str(32 << 20)) and seen["PATH"] == os.environ["PATH"]
