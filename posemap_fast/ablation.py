@@ -25,9 +25,9 @@ from posemap_fast.ablation_results import PictureResult, RowResult
 from posemap_fast.apr import APRNet
 from posemap_fast.config import load_config, to_dict
 from posemap_fast.data import Scene
-from posemap_fast.errors import ConfigError, FileFormatError
+from posemap_fast.errors import ConfigError, DatasetError, FileFormatError
 from posemap_fast.eval import nearest_views, outlier_order, pose_errors
-from posemap_fast.experiment import ExperimentConfig, load_experiment
+from posemap_fast.experiment import DataConfig, ExperimentConfig, load_experiment
 from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import SceneMap
@@ -72,6 +72,11 @@ class Ablation:
             raise ConfigError("ablation: rows must name at least one row")
         if self.reference and self.reference not in self.rows:
             raise ConfigError(f"ablation: reference '{self.reference}' is no row (rows: {', '.join(self.rows)})")
+        files: dict[str, str] = {}
+        for name in self.rows:
+            other = files.setdefault(_file_name(name), name)
+            if other != name:
+                raise ConfigError(f"ablation: rows '{other}' and '{name}' would share a file; rename one")
         if not self.outliers >= 0 or (self.outliers >= 1 and self.outliers % 1):
             raise ConfigError(
                 f"ablation: outliers must be a share below 1 or a whole number of views; got {self.outliers}"
@@ -140,6 +145,7 @@ class _SceneRunner:
     def __init__(self, identity: str, name: str, seed: int, out: Path, meter: ProgressMeter, intervals: bool = False):
         self.identity, self.name, self.seed, self.meter, self.intervals = identity, name, seed, meter, intervals
         self.folder = out / name / f"seed{seed}"
+        self._fingerprints: dict[str, str | None] = {}
         self._loaded: tuple[str, Path, SceneStages, SceneMap, OnlineMap] | None = None
 
     def run(self, name: str, row: AblationRow, config: ExperimentConfig) -> list[RowResult]:
@@ -160,15 +166,51 @@ class _SceneRunner:
         if config.threads:
             torch.set_num_threads(config.threads)
         path = self.folder / "rows" / f"{_file_name(name)}.json"
-        identity = {"config": to_dict(config), "identity": self.identity, **further}
+        identity = {"config": to_dict(config), **further}
         stored = _read_row(path, identity)
         if stored is None:
-            stored = train() | {"schema": _SCHEMA, "row": name, **identity}
+            scene = {"identity": self.identity, "fingerprint": self._fingerprint(config.data)}
+            stored = train() | {"schema": _SCHEMA, "row": name, **identity, **scene}
             write_text(path, json.dumps(stored, indent=1) + "\n")
+        else:
+            self._check_scene(path, stored, config.data)
         return stored
 
+    def _check_scene(self, path: Path, stored: Mapping[str, Any], data: DataConfig) -> None:
+        """A row belongs to what a scene holds, wherever it lies; to its place where one of the two is not known.
+
+        Raises:
+            ConfigError: it belongs to another scene.
+        """
+        is_same = stored.get("identity") == self.identity
+        if is_same and self.identity == "room":  # holds what the code says
+            return
+        there, here = stored.get("fingerprint"), self._fingerprint(data)
+        if there and here:
+            is_same = there == here
+        if not is_same:
+            raise ConfigError(
+                f"{path}: was made of another scene, or of {stored.get('identity')} before it changed; choose another "
+                "--out, or remove it"
+            )
+
+    def _fingerprint(self, data: DataConfig) -> str | None:
+        """Of the scene's content; None where it cannot be read."""
+        key = _digest(to_dict(data))
+        if key not in self._fingerprints:
+            try:
+                self._scene(data)
+            except DatasetError:
+                self._fingerprints[key] = None
+        return self._fingerprints[key]
+
+    def _scene(self, data: DataConfig) -> Scene:
+        scene = read_scene(self.identity, data)
+        self._fingerprints[_digest(to_dict(data))] = scene.fingerprint
+        return scene
+
     def _train_field(self, name: str, config: ExperimentConfig) -> dict[str, Any]:
-        scene = read_scene(self.identity, config.data)
+        scene = self._scene(config.data)
         folder = self._field_folder(scene, config)
         stages = SceneStages(scene, config, self.seed, folder, MetricsLog(folder / "metrics.jsonl"), self.meter)
         scene_map, stage = stages.field(stages.frame())
@@ -215,7 +257,7 @@ class _SceneRunner:
 
     def _map(self, config: ExperimentConfig) -> tuple[str, Path, SceneStages, SceneMap, OnlineMap]:
         """The map that this configuration asks for: kept, read, or trained; its key, and the folder of its field."""
-        scene = read_scene(self.identity, config.data)
+        scene = self._scene(config.data)
         key = _digest([scene.fingerprint, map_part(config)])
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded

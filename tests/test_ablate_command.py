@@ -16,7 +16,7 @@ from posemap_fast.ablation import Ablation, AblationRow, load_ablation
 from posemap_fast.ablation_results import PictureResult, RowResult, summarize_pictures, summarize_rows
 from posemap_fast.cli import main
 from posemap_fast.commands import ablate as command
-from posemap_fast.errors import ConfigError
+from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.resources import resource_dir
 from posemap_fast.train import APRStage, random_views
 
@@ -367,7 +367,48 @@ def test_results_of_another_scene_are_refused(finished: Finished, copy: Path, tm
     (tmp_path / "capture").mkdir()
     words = ["--scene", f"room={tmp_path / 'capture'}", "--rows", "full", "--quiet"]
     error = failure(capsys, str(finished.file), "--out", str(copy), *words)
-    assert "full.json: was made with another identity" in error
+    assert "full.json: was made of another scene, or of room before it changed" in error
+
+
+def test_rows_go_where_their_scene_goes(finished: Finished, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Another machine has the same images elsewhere; the same folder with other images is another scene."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    content = {str(old): "the images", str(new): "the images"}
+    original = ablation.read_scene
+
+    def read(path: str, data):
+        if path not in content:
+            raise DatasetError(f"{path}: no images")
+        return dataclasses.replace(original("room", data), fingerprint=content[path])
+
+    monkeypatch.setattr(ablation, "read_scene", read)
+    for folder in (old, new):
+        folder.mkdir()
+    words = [str(finished.file), "--out", str(copy), "--rows", "full", "--quiet", "--scene"]
+    shutil.rmtree(copy / "room" / "seed0" / "rows")
+    assert main(["ablate", *words, f"room={old}"]) == 0
+    before = stored(copy, "full")
+    assert before["identity"] == str(old) and before["fingerprint"] == "the images"
+    assert main(["ablate", *words, f"room={new}"]) == 0
+    assert stored(copy, "full") == before
+    content[str(new)] = "other images"
+    assert f"or of {old} before it changed" in failure(capsys, *words, f"room={new}")
+    content[str(old)] = "other images"
+    assert f"or of {old} before it changed" in failure(capsys, *words, f"room={old}")
+    content.clear()  # the table of finished rows can be printed without the images, in their own place
+    assert main(["ablate", *words, f"room={old}"]) == 0
+    assert "full.json: was made of another scene" in failure(capsys, *words, f"room={new}")
+
+
+def test_the_procedural_scene_can_have_a_name(finished: Finished, copy: Path) -> None:
+    before = stored(copy, "full")
+    assert ablate(finished, copy, "full", "--scene", "room=room") == 0 and stored(copy, "full") == before
+
+
+def test_rows_that_would_share_a_file_are_refused(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("rows: {a b: {}, a/b: {}}\n")
+    assert "rows 'a b' and 'a/b' would share a file" in failure(capsys, str(file))
 
 
 def test_a_new_row_does_not_take_the_map_of_another_scene(finished, copy: Path, tmp_path, monkeypatch) -> None:

@@ -115,9 +115,9 @@ def _seeds(text: str) -> list[int]:
 
 def _named_scene(text: str, folder: Path = Path()) -> tuple[str, str]:
     """(short name, `room` or absolute path); a path is relative to `folder`."""
-    if text == "room":
-        return text, text
     name, _, given = text.rpartition("=")
+    if given == "room":
+        return name or given, given
     path = (folder / Path(given).expanduser()).resolve()
     if not path.exists():
         raise DatasetError(f"--scene {text}: no such file or folder; give `room`, a capture, or NAME=capture")
