@@ -199,6 +199,16 @@ def _measure(options: argparse.Namespace, how: Options, console: Console) -> int
     return 0 if is_right and not lost else 1
 
 
+def _pass_over(name: str, how: Options, before: Outcome | None) -> Outcome:
+    """The outcome of a family's first pass, or what another one makes of that of those before it."""
+    if before is None:
+        return run_family_apart(name, how)
+    if not before.rows:
+        return before
+    found = run_family_apart(name, replace(how, is_verified=True, profile=None))
+    return replace(before, rows=best_of(before.rows, found.rows), failed=before.failed + found.failed)
+
+
 def _run_families(families: Sequence[str], how: Options, n_passes: int) -> list[Outcome]:
     """One outcome per family: the best of the passes."""
     repeated = [name for name in families if name.split("/")[0] in REPEATED]
@@ -209,9 +219,7 @@ def _run_families(families: Sequence[str], how: Options, n_passes: int) -> list[
         task = progress.add_task("", total=len(jobs))
         for name in jobs:
             progress.update(task, description=name)
-            before = outcomes.get(name)
             seconds = how.seconds / n_passes if name in repeated else how.seconds
-            found = run_family_apart(name, replace(how, seconds=seconds, is_verified=before is not None))
-            outcomes[name] = found if before is None else replace(before, rows=best_of(before.rows, found.rows))
+            outcomes[name] = _pass_over(name, replace(how, seconds=seconds), outcomes.get(name))
             progress.advance(task)
     return list(outcomes.values())

@@ -12,7 +12,7 @@ import torch
 from posemap_fast.bench import cli, timing
 from posemap_fast.bench.case import Comparison
 from posemap_fast.bench.passes import best_of
-from posemap_fast.bench.runner import Options, run_family, run_family_apart
+from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
 from posemap_fast.bench.schema import read_report
 from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.registry import Registry
@@ -79,6 +79,23 @@ def test_the_passes_are_timed_and_only_the_first_is_verified(words, n_passes: in
     assert calls["verify"] == 2
     mine = next(r for r in read_report(file)["results"] if r["family"] == "mine/a")
     assert mine["verified"] and mine["repeats"] >= n_passes
+
+
+def test_a_pass_that_fails_is_told_and_what_cannot_run_is_not_tried_again(monkeypatch) -> None:
+    tried: list[str] = []
+
+    def run(name: str, how: Options) -> Outcome:
+        tried.append(name)
+        if name == "ops/missing":
+            return Outcome([], [{"case": name, "reason": "no compiler"}], [])
+        again = [{"case": name, "reason": "killed"}] if how.is_verified else []
+        return Outcome([] if again else [row(2.0, 10.0)], [], again)
+
+    monkeypatch.setattr(cli, "run_family_apart", run)
+    mended, missing = cli._run_families(["ops/a", "ops/missing"], Options("cpu", 1), 2)
+    assert tried == ["ops/a", "ops/missing", "ops/a"]
+    assert mended.rows == [row(2.0, 10.0)] and mended.failed == [{"case": "ops/a", "reason": "killed"}]
+    assert missing.skipped[0]["reason"] == "no compiler"
 
 
 def test_a_run_of_more_than_a_second_needs_no_warming_up(monkeypatch) -> None:
