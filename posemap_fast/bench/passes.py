@@ -2,7 +2,7 @@
 
 Other work only ever adds time. Where it comes and goes within seconds the median of a pass is enough; but a virtual
 machine may be slow for a minute (two cores that are threads of one, neighbours in its cache), and a process may be slow
-as long as it lives (memory that the host backs with small pages). Passes lie minutes apart, in new processes.
+as long as it lives (memory that the host backs with small pages). Passes lie a minute or more apart, in new processes.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def time_by_turns(
 ) -> tuple[Times, dict[str, Times]]:
     """Time our side and every peer in turn, so that a change of the machine's load meets all of them.
 
-    Every side runs once to warm up; a run of more than a second counts. A side that is much faster than the slowest
-    runs up to ten times per turn, three times where a turn is long, so that its median is as good as the other.
+    Every side runs once to warm up; on a CPU a run of more than a second counts. A side that is much faster than the
+    slowest runs up to ten times per turn, three times where a turn is long, so that its median is as good as the other.
 
     Args:
         seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow.
@@ -60,7 +60,8 @@ def time_by_turns(
     sides = [run, *peers.values()]
     clock = _cuda_ms if device.type == "cuda" else _host_ms
     first = [clock(side) for side in sides]
-    found = [[ms] if ms >= _WARM_MS else [] for ms in first]
+    is_warm = device.type != "cuda"  # there a first run may be long because it loads kernels
+    found = [[ms] if is_warm and ms >= _WARM_MS else [] for ms in first]
     first = [before if before >= _WARM_MS else min(before, clock(s)) for before, s in zip(first, sides, strict=True)]
     per_turn = [int(min(_MAX_PER_ROUND, max(1, max(first) // max(ms, 1e-3)))) for ms in first]
     if sum(n * ms for n, ms in zip(per_turn, first, strict=True)) > _SLOW_ROUND_MS:
@@ -69,7 +70,7 @@ def time_by_turns(
     end = time.perf_counter() + seconds
     gc.collect()
     for turn in range(int(any(found)), _MAX_ROUNDS):
-        if turn >= min_repeats and time.perf_counter() >= end:
+        if turn >= min_repeats and all(found) and time.perf_counter() >= end:
             break
         for side, values, n in zip(sides, found, per_turn, strict=True):
             values.extend(clock(side) for _ in range(n))

@@ -106,6 +106,13 @@ def test_a_run_of_more_than_a_second_needs_no_warming_up(monkeypatch) -> None:
     assert others["fast"].ms == (6.0,) * 6  # three runs in a long turn, its first two to warm up
 
 
+def test_every_side_has_a_time_when_the_first_run_has_used_up_the_time(monkeypatch) -> None:
+    taken = iter([2000.0, 5.0, 4.0] + [1900.0, 6.0, 6.0, 6.0] * 2)
+    monkeypatch.setattr(timing, "_host_ms", lambda run: next(taken))
+    slow, others = time_by_turns(lambda: None, {"fast": lambda: None}, torch.device("cpu"), seconds=0, min_repeats=1)
+    assert slow.ms == (2000.0, 1900.0) and others["fast"].ms == (6.0,) * 3
+
+
 @pytest.mark.parametrize("own", [None, "65536"])
 def test_processes_have_fixed_thresholds_of_malloc_unless_the_user_has(own, monkeypatch) -> None:
     seen: dict[str, str] = {}
