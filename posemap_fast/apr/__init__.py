@@ -10,6 +10,7 @@ from posemap_fast.apr.heads import HEADS, HeadOptions
 from posemap_fast.apr.pose_frame import PoseFrame
 from posemap_fast.apr.pose_solver import SolvedPose, solve_pose
 from posemap_fast.apr.posemap_refiner import PoseMapReadout, PoseMapRefiner, RefinedPose
+from posemap_fast.apr.winograd import WinogradConv2d, use_winograd
 
 __all__ = [
     "BACKBONES",
@@ -27,7 +28,9 @@ __all__ = [
     "PoseMapRefiner",
     "RefinedPose",
     "SolvedPose",
+    "WinogradConv2d",
     "augment_images",
     "build_aprnet",
     "solve_pose",
+    "use_winograd",
 ]

@@ -6,9 +6,12 @@ happens in the generator, so that the inputs of a comparison can be freed before
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -25,15 +28,28 @@ class BenchContext:
         device: to run on.
         is_smoke: tiny sizes: that the cases work is what matters, not how long they take.
         only: pattern of the names of the cases that are wanted; a family may ask before it builds a costly one.
+        work: folder of the whole run, which its processes share; None: nothing is shared.
     """
 
     device: torch.device
     is_smoke: bool = False
     only: str = "*"
+    work: Path | None = None
 
     def wants(self, case: str) -> bool:
         """Whether a case of this name is to be run."""
         return fnmatch.fnmatchcase(case, self.only)
+
+    @contextlib.contextmanager
+    def kept(self, name: str) -> Iterator[Path]:
+        """The folder for what families train to measure on, kept for all that ask for it by this name in a run."""
+        if self.work is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                yield Path(temporary)
+        else:
+            folder = self.work / name
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
 
 
 @dataclass(frozen=True)

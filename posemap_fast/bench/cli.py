@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +47,7 @@ examples:
 exit code: 0 all is well; 1 a wrong result, a case that failed, or one slower than the baseline allows; 2 bad input"""
 _SMOKE = "smoke"
 _CPU_PASSES = 3
+_MINUTES = 14.0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +85,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"over the suites {repeated}, in new processes; the best counts (default: {_CPU_PASSES}, 1 on GPUs)",
     )
-    parser.add_argument("--family", help=argparse.SUPPRESS)  # the four of a child process
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=_MINUTES,
+        metavar="M",
+        help="further passes that would end later are left out (default: %(default)g)",
+    )
+    parser.add_argument("--family", help=argparse.SUPPRESS)  # the five of a child process
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--verified", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
@@ -132,8 +144,10 @@ def _history(options: argparse.Namespace, console: Console) -> int:
 
 
 def _options(options: argparse.Namespace) -> Options:
-    if min(options.threads, options.passes) < 0 or options.seconds <= 0 or not 0 < options.tolerance < 1:
-        raise ConfigError("--threads and --passes must be >= 0, --seconds > 0, --tolerance between 0 and 1")
+    if min(options.threads, options.passes, options.minutes) < 0 or options.seconds <= 0:
+        raise ConfigError("--threads, --passes and --minutes must be >= 0, --seconds > 0")
+    if not 0 < options.tolerance < 1:
+        raise ConfigError(f"--tolerance must be between 0 and 1; got {options.tolerance}")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,6 +163,7 @@ def _options(options: argparse.Namespace) -> Options:
         only=options.only,
         is_verified=options.verified,
         profile=options.profile,
+        work=options.work,
     )
 
 
@@ -175,7 +190,9 @@ def _measure(options: argparse.Namespace, how: Options, console: Console) -> int
     before = read_report(options.baseline)["results"] if options.baseline else []
     torch.set_num_threads(how.threads)
     about = describe_machine(how.device, how.threads, how.is_smoke)
-    outcomes = _run_families(families, how, _n_passes(options.passes, how))
+    with tempfile.TemporaryDirectory(prefix="posemap_bench_") as work:
+        n_passes, seconds = _n_passes(options.passes, how), 60 * options.minutes
+        outcomes = _run_families(families, replace(how, work=Path(work)), n_passes, seconds)
     rows = [row for outcome in outcomes for row in outcome.rows]
     if not rows and how.only != "*":
         raise ConfigError(f"--only {how.only}: no such case in {', '.join(families)}")
@@ -209,17 +226,28 @@ def _pass_over(name: str, how: Options, before: Outcome | None) -> Outcome:
     return replace(before, rows=best_of(before.rows, found.rows), failed=before.failed + found.failed)
 
 
-def _run_families(families: Sequence[str], how: Options, n_passes: int) -> list[Outcome]:
-    """One outcome per family: the best of the passes."""
+def _run_families(families: Sequence[str], how: Options, n_passes: int, seconds: float = math.inf) -> list[Outcome]:
+    """One outcome per family: the best of the passes; further ones that would end after `seconds` are left out."""
     repeated = [name for name in families if name.split("/")[0] in REPEATED]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes: dict[str, Outcome] = {}
+    took: dict[str, float] = {}
+    n_left_out = 0
+    begin = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         jobs = [*families, *repeated * (n_passes - 1)]
         task = progress.add_task("", total=len(jobs))
         for name in jobs:
             progress.update(task, description=name)
-            seconds = how.seconds / n_passes if name in repeated else how.seconds
-            outcomes[name] = _pass_over(name, replace(how, seconds=seconds), outcomes.get(name))
+            start = time.monotonic()
+            if start - begin + took.get(name, 0.0) <= seconds or name not in outcomes:
+                per_case = how.seconds / n_passes if name in repeated else how.seconds
+                outcomes[name] = _pass_over(name, replace(how, seconds=per_case), outcomes.get(name))
+                took[name] = time.monotonic() - start
+            else:
+                n_left_out += 1
             progress.advance(task)
+        if n_left_out:
+            kept = f"{seconds / 60:g} minutes (--minutes)"
+            progress.console.print(f"{n_left_out} further passes over a family left out: they would end after {kept}")
     return list(outcomes.values())

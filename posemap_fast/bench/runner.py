@@ -43,6 +43,7 @@ class Options:
     only: str = "*"  # pattern of case names
     is_verified: bool = False  # an earlier pass has done it
     profile: Path | None = None  # folder for traces of the torch profiler
+    work: Path | None = None  # as of BenchContext
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def run_family(name: str, options: Options) -> Outcome:
     """Verify and time the cases of one family in this process."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    context = BenchContext(torch.device(options.device), options.is_smoke, options.only)
+    context = BenchContext(torch.device(options.device), options.is_smoke, options.only, options.work)
     outcome = Outcome([], [], [])
     try:
         for case in FAMILIES.get(name)(context):
@@ -158,6 +159,7 @@ def run_family_apart(name: str, options: Options) -> Outcome:
         command += ["--seconds", str(options.seconds), *(["--smoke"] if options.is_smoke else [])]
         command += ["--verified"] if options.is_verified else []
         command += ["--profile", str(options.profile)] if options.profile else []
+        command += ["--work", str(options.work)] if options.work else []
         result = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=_MALLOC | dict(os.environ))
         if not report.exists():
             last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]

@@ -215,7 +215,7 @@ def test_memory_is_what_a_run_needs_above_what_is_held() -> None:
     [
         (["--suite", "opps"], "--suite opps: no such suite (known: all, smoke, "),
         (["--only", "nothing*", "--suite", "ops", "--smoke"], "--only nothing*: no such case"),
-        (["--tolerance", "2"], "--tolerance between 0 and 1"),
+        (["--tolerance", "2"], "--tolerance must be between 0 and 1"),
         (["--baseline", "missing.json"], "missing.json: No such file"),
         (["--compare", "missing.json", "missing.json"], "missing.json: No such file"),
         (["--history", "."], "--history .: no reports"),

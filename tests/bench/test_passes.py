@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from posemap_fast.bench import cli, timing
-from posemap_fast.bench.case import Comparison
+from posemap_fast.bench.case import BenchContext, Comparison
 from posemap_fast.bench.passes import best_of
 from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
 from posemap_fast.bench.schema import read_report
@@ -96,6 +98,34 @@ def test_a_pass_that_fails_is_told_and_what_cannot_run_is_not_tried_again(monkey
     assert tried == ["ops/a", "ops/missing", "ops/a"]
     assert mended.rows == [row(2.0, 10.0)] and mended.failed == [{"case": "ops/a", "reason": "killed"}]
     assert missing.skipped[0]["reason"] == "no compiler"
+
+
+def test_further_passes_that_would_end_too_late_are_left_out_and_told(monkeypatch, capsys) -> None:
+    tried: list[str] = []
+    clock = itertools.count(step=10.0)  # ten seconds from one look to the next
+
+    def run(name: str, how: Options) -> Outcome:
+        tried.append(name)
+        return Outcome([row(2.0, 10.0)], [], [])
+
+    monkeypatch.setattr(cli, "run_family_apart", run)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    cli._run_families(["ops/a", "ops/b", "train/a"], Options("cpu", 1), 3, seconds=85.0)
+    assert tried == ["ops/a", "ops/b", "train/a", "ops/a"]  # begun 70 s after the start; the next would end at 100
+    assert "3 further passes" in capsys.readouterr().err
+    tried.clear()
+    cli._run_families(["ops/a", "train/a"], Options("cpu", 1), 2, seconds=0.0)
+    assert tried == ["ops/a", "train/a"]  # the first pass is always made
+
+
+def test_what_a_family_keeps_is_there_for_the_others_of_a_run(tmp_path: Path) -> None:
+    with BenchContext(torch.device("cpu"), work=tmp_path).kept("train/room") as folder:
+        (folder / "map").write_text("trained")
+    with BenchContext(torch.device("cpu"), work=tmp_path).kept("train/room") as folder:
+        assert (folder / "map").read_text() == "trained"
+    with BenchContext(torch.device("cpu")).kept("train/room") as alone:
+        assert not list(alone.iterdir())
+    assert not alone.exists()
 
 
 def test_a_run_of_more_than_a_second_needs_no_warming_up(monkeypatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from posemap_fast.apr import APRConfig, PoseFrame, build_aprnet
+from posemap_fast.apr import APRConfig, PoseFrame, WinogradConv2d, build_aprnet
 from posemap_fast.errors import ConfigError, DatasetError, FileFormatError
 from posemap_fast.eval import Calibration, calibrate
 from posemap_fast.fields import FieldConfig
@@ -152,3 +152,18 @@ def test_bad_query_is_named(make, message: str, tmp_path: Path) -> None:
     make(tmp_path / "query.png")
     with pytest.raises(DatasetError, match=message):
         read_image(tmp_path / "query.png", CAMERA)
+
+
+def test_answers_on_a_cpu_are_the_networks_and_leave_its_file_as_it_was(tmp_path: Path) -> None:
+    found = regressor(backbone="resnet18")
+    found.net.config = found.config = dataclasses.replace(found.config, input_size=(192, 256))  # enough tiles
+    large = torch.randint(0, 255, (192, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found.save(tmp_path / "before.pmnet", "tiny")
+    with torch.no_grad():
+        expected = found.net(large.permute(2, 0, 1)[None].float() / 255).c2w[0]
+    assert not any(isinstance(module, WinogradConv2d) for module in found.net.modules())
+    answer = found.localize(large)
+    assert any(isinstance(module, WinogradConv2d) for module in found.net.modules())
+    torch.testing.assert_close(answer.c2w.float(), expected, rtol=1e-4, atol=1e-4)
+    found.save(tmp_path / "after.pmnet", "tiny")
+    assert (tmp_path / "before.pmnet").read_bytes() == (tmp_path / "after.pmnet").read_bytes()

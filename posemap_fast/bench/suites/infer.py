@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from posemap_fast.apr import BACKBONES, APRConfig, APRNet, PoseFrame, build_aprnet
+from posemap_fast.apr import BACKBONES, APRConfig, APRNet, PoseFrame, build_aprnet, use_winograd
 from posemap_fast.bench.case import FAMILIES, BenchContext, Comparison, Skipped
 from posemap_fast.bench.verify import relative_error, worst_error
 from posemap_fast.errors import BackendError
@@ -126,6 +126,12 @@ def _channels_last(net: Regressor, images: torch.Tensor) -> Forward:
     return lambda images: net(images.contiguous(memory_format=torch.channels_last))
 
 
+def _winograd(net: Regressor, images: torch.Tensor) -> Forward:
+    """As a localizer answers on a CPU."""
+    use_winograd(net)
+    return _channels_last(net, images)
+
+
 def _compiled(net: Regressor, images: torch.Tensor) -> Forward:
     """Inductor with the weights as constants: batch norms are folded and convolutions repacked once."""
     torch.compiler.reset()  # else torch gives up compiling after eight networks of one class
@@ -182,6 +188,7 @@ _ONNX = [
 MODES: dict[str, Mode] = {
     "eager": Mode(_eager, devices=("cuda",), precisions=("bf16", "fp16")),
     "channels_last": Mode(_channels_last),
+    "winograd": Mode(_winograd, devices=("cpu",), precisions=(_FP32,), is_built=True),
     "compile": Mode(_compiled, is_built=True),
     "cuda_graph": Mode(_cuda_graph, devices=("cuda",)),
     "onnxruntime": Mode(_onnxruntime, devices=("cpu",), precisions=(_FP32,), is_built=True),

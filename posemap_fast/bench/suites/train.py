@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,8 +60,7 @@ _SHORT = (
     *("field.backbone=native", "render.backend=native"),
 )
 _FEW_VIEWS = ("data.room_train=60",)  # for stages 2 and 3, whose steps cost the same however many there are
-# More fog than after the whole schedule, in a fifth of its time: for steps that march few rays.
-_THIN = ("nerf.steps=1500", "nerf.samples_per_step=16384")
+_SMALL_ROOM = "train/room of few views"  # their map, which the first of them trains
 _SMOKE = (
     *("data.room_train=12", "data.room_width=32", "data.network_side=0", "network.input_size=[24,32]"),
     *("field.log2_hashmap_size=10", "field.n_levels=4", "render.steps_per_unit=48", "render.occupancy.resolution=16"),
@@ -222,8 +220,8 @@ def _train_until(stage: FieldStage, look: Callable[[], float], target_db: float)
 def train_field(context: BenchContext) -> Iterator[Comparison]:
     """Stage 1: time to a PSNR on held-out views, then a step and an update of the occupancy grid."""
     target = _SMOKE_TARGET_DB if context.is_smoke else _TARGET_DB
-    with tempfile.TemporaryDirectory() as folder:
-        scene = _Scene.of(context, Path(folder))
+    with context.kept("train/room") as folder:
+        scene = _Scene.of(context, folder)
         with _kernels("native"):
             stage, reached = _field_from_scratch(scene, target)
             after = max(reached.steps, math.ceil(stage.config.coarse[1] * stage.n_steps))
@@ -298,8 +296,8 @@ def _occupancy_update(scene: _Scene, stage: FieldStage) -> Comparison:
 @FAMILIES.register("train/pose_branch")
 def train_pose_branch(context: BenchContext) -> Iterator[Comparison]:
     """Stage 2: a step."""
-    with tempfile.TemporaryDirectory() as folder:
-        scene = _Scene.of(context, Path(folder), *_FEW_VIEWS, *_THIN)
+    with context.kept(_SMALL_ROOM) as folder:
+        scene = _Scene.of(context, folder, *_FEW_VIEWS)
         config = scene.stages.config.posemap
         with _kernels("native"):
             scene_map = scene.map()
@@ -395,8 +393,8 @@ class _Loop:
 @FAMILIES.register("train/online")
 def train_online(context: BenchContext) -> Iterator[Comparison]:
     """Stage 3: the parts of a step, then the step."""
-    with tempfile.TemporaryDirectory() as folder:
-        scene = _Scene.of(context, Path(folder), *_FEW_VIEWS)
+    with context.kept(_SMALL_ROOM) as folder:
+        scene = _Scene.of(context, folder, *_FEW_VIEWS)
         with _kernels("native"):
             loop = _Loop.of(scene)
             whole = loop.stage(Peer())
