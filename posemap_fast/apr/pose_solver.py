@@ -21,6 +21,7 @@ __all__ = ["SolvedPose", "solve_pose"]
 
 _NEAREST = 0.05  # least distance of a point along its ray; points behind the camera are taken to lie there
 _LONGEST_STEP = 0.5  # radians and pose-frame units together
+_TINY = 1e-12  # of the weights' sum, where there are none
 _FAR = 1e3  # offsets and points beyond it are cut there: one wild point must not make the equations singular
 
 
@@ -30,6 +31,7 @@ class SolvedPose(NamedTuple):
     rotation: torch.Tensor  # (B, 3, 3) camera to scene
     position: torch.Tensor  # (B, 3)
     information: torch.Tensor  # (B, 6, 6) of (rotation, translation) in camera axes: J^T W J and the prior
+    misfit: torch.Tensor  # (B,) mean squared offset that is left, robust and weighted, radian^2
 
 
 def solve_pose(
@@ -68,12 +70,9 @@ def solve_pose(
     first, start = rotation, position
     information = torch.diag(precision).expand(len(points), 6, 6)
     for _ in range(iterations):
-        local = (points - position[:, None]) @ rotation  # R^T (X - t), (B, n, 3)
-        depth = (local * directions).sum(-1, keepdim=True)
-        inverse = 1 / depth.clamp(min=_NEAREST)
-        offset = (torch.einsum("nkj,bnj->bnk", across, local) * inverse).clamp(-_FAR, _FAR)
+        local, depth, inverse, offset = _offsets(points, rotation, position, directions, across)
         jacobian = _jacobian(local, inverse, (depth > _NEAREST).to(depth), offset, across, directions)
-        reweighted = weights / (1 + offset.square().sum(-1) / scale**2)
+        reweighted = _reweighted(weights, offset, scale)
         weighted = jacobian * reweighted[..., None, None]
         information = torch.einsum("bnki,bnkj->bij", weighted, jacobian) + torch.diag(precision)
         pull = torch.cat([_small_rotation(first, rotation), _to_camera(rotation, position - start)], dim=-1)
@@ -82,7 +81,24 @@ def solve_pose(
         step = step * (_LONGEST_STEP / step.norm(dim=-1, keepdim=True).clamp(min=_LONGEST_STEP))
         position = position + torch.einsum("bij,bj->bi", rotation, step[:, 3:])
         rotation = rotation @ so3_exp(step[:, :3])
-    return SolvedPose(rotation, position, information)
+    offset = _offsets(points, rotation, position, directions, across)[-1]
+    left = (_reweighted(weights, offset, scale) * offset.square().sum(-1)).sum(-1)
+    return SolvedPose(rotation, position, information, left / weights.sum(-1).clamp(min=_TINY))
+
+
+def _offsets(
+    points: torch.Tensor, rotation: torch.Tensor, position: torch.Tensor, directions: torch.Tensor, across: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Points in the camera (B, n, 3), their depth along the rays and its inverse (B, n, 1), their offsets (B, n, 2)."""
+    local = (points - position[:, None]) @ rotation  # R^T (X - t)
+    depth = (local * directions).sum(-1, keepdim=True)
+    inverse = 1 / depth.clamp(min=_NEAREST)
+    return local, depth, inverse, (torch.einsum("nkj,bnj->bnk", across, local) * inverse).clamp(-_FAR, _FAR)
+
+
+def _reweighted(weights: torch.Tensor, offset: torch.Tensor, scale: float) -> torch.Tensor:
+    """Cauchy's weights (B, n) of offsets (B, n, 2)."""
+    return weights / (1 + offset.square().sum(-1) / scale**2)
 
 
 def _plane(directions: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ _ITERATIONS = 5
 _ROBUST_SCALE = 0.03  # radians
 # Of the head's pose, where a cell weighs about 0.7. Learnt it comes out higher: the head is good where it was trained.
 _PRIOR = 0.02
+_LEAST_MISFIT = 1e-6  # radian^2: a twentieth of a degree
 
 
 class RefinedPose(NamedTuple):
@@ -41,7 +42,9 @@ class RefinedPose(NamedTuple):
 
     vector12: torch.Tensor  # (B, 12) row-major [R | t] in the pose frame, R a rotation
     posemap: torch.Tensor  # (B, C, rows, cols) predicted
-    log_sigma: torch.Tensor  # (B, 2) log standard deviations, as the confidences and where the points lie give them
+    log_sigma: (
+        torch.Tensor
+    )  # (B, 2) log standard deviations: by confidences, where the points lie and how well they fit
 
 
 class PoseMapReadout(nn.Module):
@@ -184,12 +187,17 @@ class PoseMapRefiner(nn.Module):
                 scale=_ROBUST_SCALE,
             )
             refined = torch.cat([solved.rotation, solved.position[..., None]], dim=-1).flatten(1)
-            log_sigma = _log_deviations(solved.information.detach())
+            log_sigma = _log_deviations(solved.information.detach(), solved.misfit.detach())
         return RefinedPose(refined, posemap, log_sigma)
 
 
-def _log_deviations(information: torch.Tensor) -> torch.Tensor:
-    """(B, 2) log standard deviations of translation (pose-frame units) and rotation (radians) from (B, 6, 6)."""
+def _log_deviations(information: torch.Tensor, misfit: torch.Tensor) -> torch.Tensor:
+    """(B, 2) log standard deviations of translation (pose-frame units) and rotation (radians), a posteriori.
+
+    The inverse of the information (B, 6, 6) says what the cells' confidences and places promise; the misfit (B,), what
+    is left of the offsets, whether they keep it: variances are its multiples (variance of unit weight, least squares).
+    """
     covariance = torch.linalg.inv_ex(information).inverse
     variances = covariance.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
-    return torch.stack([variances[:, 3:].sum(-1), variances[:, :3].sum(-1)], dim=-1).log() / 2
+    promised = torch.stack([variances[:, 3:].sum(-1), variances[:, :3].sum(-1)], dim=-1).log()
+    return (promised + (misfit + _LEAST_MISFIT).log()[:, None]) / 2

@@ -93,7 +93,7 @@ def test_gradients_are_those_of_finite_differences(problem):
 
     def solve(points, weights, rotation, position, precision):
         found = solve_pose(points, weights, directions, rotation, position, precision, iterations=2, scale=0.3)
-        return found.rotation, found.position, found.information
+        return tuple(found)
 
     given = (
         problem["points"][:2, few],
@@ -119,6 +119,22 @@ def test_information_is_that_of_the_scatter_of_repeated_noise(problem):
     expected = torch.linalg.inv(solved.information[0])[3:, 3:].diagonal().sum().sqrt()
     scatter = (solved.position - position).square().sum(1).mean().sqrt()
     assert 0.85 < scatter / expected < 1.15
+    # Two numbers per point, six of all are fitted: what is left is the noise's square and a little less.
+    assert 0.85 * 2 * sigma**2 < solved.misfit.mean() < 2 * sigma**2
+
+
+def test_misfit_is_the_weighted_square_of_what_is_left(problem):
+    torch.testing.assert_close(_solve(problem).misfit, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    weights = torch.rand(3, _N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    held = _solve(problem, weights, precision=_WEAK * 1e18, scale=0.3)  # by the prior, where it started
+    local = (problem["points"] - problem["position"][:, None]) @ problem["rotation"]
+    depth = (local * problem["directions"]).sum(-1).clamp(min=0.05)
+    across = local - (local * problem["directions"]).sum(-1, keepdim=True) * problem["directions"]
+    squared = across.square().sum(-1) / depth**2
+    expected = (weights * squared / (1 + squared / 0.3**2)).sum(1) / weights.sum(1)
+    torch.testing.assert_close(held.misfit, expected, rtol=1e-4, atol=1e-6)
+    nothing = _solve(problem, weights=torch.zeros(3, _N, dtype=torch.float64))
+    assert nothing.misfit.tolist() == [0.0] * 3
 
 
 def test_no_images_and_wrong_shapes(problem):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from posemap_fast.apr import BACKBONES, APRConfig, APRNet, PoseFrame, PoseMapReadout, PoseMapRefiner, build_aprnet
+from posemap_fast.apr.posemap_refiner import _log_deviations
 from posemap_fast.errors import ConfigError
 from posemap_fast.geometry import Camera, camera_rays, make_c2w, rotation_angle_deg, so3_exp
 
@@ -164,6 +167,13 @@ def test_log_sigma_follows_the_confidences_and_teaches_nothing():
     assert net.spread_parameters() == []
     assert (after < before).all()
     assert (after[:, 0] < before[:, 0] - 1).all()
+
+
+def test_points_that_fit_half_as_well_double_the_deviation():
+    information = torch.diag(torch.rand(6, generator=torch.Generator().manual_seed(0)) + 0.5).expand(2, 6, 6)
+    fits, misfits, none = (_log_deviations(information, torch.full((2,), m)) for m in (1e-3, 4e-3, 0.0))
+    torch.testing.assert_close(misfits - fits, torch.full((2, 2), math.log(2)), rtol=1e-2, atol=0)
+    assert (none < fits).all() and torch.isfinite(none).all()
 
 
 def test_the_head_learns_from_its_own_loss_alone():
