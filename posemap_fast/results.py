@@ -110,14 +110,15 @@ class HeldOutPictures(NamedTuple):
 
 @torch.no_grad()
 def render_test_views(scene_map: SceneMap, test: TrainingViews, meter: ProgressMeter) -> HeldOutPictures:
-    """Render every test view, in the light of its own image, and compare it with that image."""
+    """Render every test view, in the light of its own image, and compare it with that image inside the border."""
     psnrs, ssims, renders, posemaps = [], [], [], []
     with meter.task("evaluate", total=len(test)) as task:
         for i in range(len(test)):
             view = render_batch(scene_map, test.c2w[i], test, i)
             image = test.images[i].float() / 255
-            psnrs.append(psnr_db(view.rgb[0], image))
-            ssims.append(ssim(view.rgb[0], image))
+            shown, truth = test.border.inside(view.rgb[0]), test.border.inside(image)
+            psnrs.append(psnr_db(shown, truth))
+            ssims.append(ssim(shown, truth))
             renders.append((view.rgb[0] * 255).round().to(torch.uint8).cpu())
             assert view.posemap is not None
             posemaps.append(view.posemap[0])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from posemap_fast.apr import APRConfig, APRNet, PoseFrame, PoseMapReadout, build_aprnet
-from posemap_fast.data import FrameEstimate, Scene, estimate_frame, load_scene
+from posemap_fast.data import FrameEstimate, Scene, estimate_frame, find_border, load_scene
 from posemap_fast.experiment import DataConfig, ExperimentConfig
 from posemap_fast.geometry import Camera, mean_pose, project_points
 from posemap_fast.localize import SceneMap
@@ -99,11 +99,17 @@ class SceneStages:
         self.folder, self.log, self.meter = folder, log, meter
         self.device = torch.device(config.device)
         self.seconds: dict[str, float] = {}
+        self.border = find_border(scene.images.select(torch.tensor(scene.views("train"), dtype=torch.long)))
+        if any(self.border):
+            sides = ", ".join(f"{side} {width}" for side, width in self.border._asdict().items() if width)
+            scene.notes.append(f"the images have a dark frame ({sides} px), neither learnt by the map nor in its PSNR")
+            meter.note(scene.notes[-1])
         self.views = {split: self._views(split) for split in ("train", "val", "test", "unlabelled")}
 
     def _views(self, split: str) -> TrainingViews:
         index = torch.tensor(self.scene.views(split), dtype=torch.long)
-        views = TrainingViews.of(self.scene.images.select(index), self.scene.c2w[index], self.scene.camera)
+        images = self.scene.images.select(index)
+        views = TrainingViews.of(images, self.scene.c2w[index], self.scene.camera, self.border)
         return views.to(self.device)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from posemap_fast.data.auto_frame import FrameEstimate, estimate_frame
+from posemap_fast.data.border import NO_BORDER, Border, find_border
 from posemap_fast.data.cambridge import parse_cambridge, read_cambridge_poses
 from posemap_fast.data.capture import PARSERS, Capture, Frame, parse_capture, scene_of
 from posemap_fast.data.colmap import parse_colmap
@@ -17,9 +18,11 @@ from posemap_fast.data.tum_rgbd import parse_tum_rgbd, read_tum_poses
 
 __all__ = [
     "DATASETS",
+    "NO_BORDER",
     "PARSERS",
     "SPLIT_NAMES",
     "BlockRule",
+    "Border",
     "Capture",
     "DatasetKind",
     "Frame",
@@ -28,6 +31,7 @@ __all__ = [
     "Scene",
     "block_split",
     "estimate_frame",
+    "find_border",
     "load_room",
     "load_scene",
     "parse_cambridge",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from posemap_fast.data import ImageStack
+from posemap_fast.data import NO_BORDER, Border, ImageStack
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import NeRFP, luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
@@ -57,16 +57,20 @@ class TrainingViews:
     c2w: torch.Tensor  # (n, 4, 4) float32
     camera: Camera
     histograms: torch.Tensor  # (n, 10)
+    border: Border = NO_BORDER  # of the images, that shows nothing of the scene
 
     @classmethod
-    def of(cls, images: torch.Tensor | ImageStack, c2w: torch.Tensor, camera: Camera) -> TrainingViews:
+    def of(
+        cls, images: torch.Tensor | ImageStack, c2w: torch.Tensor, camera: Camera, border: Border = NO_BORDER
+    ) -> TrainingViews:
         """Bundle images with their luminance histograms; poses become float32."""
         stack = ImageStack.of(images)
-        return cls(stack, c2w.float(), camera, luminance_histogram(stack))
+        return cls(stack, c2w.float(), camera, luminance_histogram(stack), border)
 
     def to(self, device: torch.device) -> TrainingViews:
         """The same on `device`."""
-        return TrainingViews(self.images.to(device), self.c2w.to(device), self.camera, self.histograms.to(device))
+        moved = (self.images.to(device), self.c2w.to(device))
+        return TrainingViews(*moved, self.camera, self.histograms.to(device), self.border)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -158,14 +162,16 @@ class FieldStage:
         )
 
     def _draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Random pixels: view index (n,), world rays (n, 3) twice, and colour (n, 3) in [0, 1]."""
-        views = self.views
+        """Random pixels within the border: view index (n,), world rays (n, 3) twice, and colour (n, 3) in [0, 1]."""
+        views, border = self.views, self.views.border
         height, width = views.camera.height, views.camera.width
-        flat = integers(generator, len(views) * height * width, self.n_rays, views.c2w.device)
-        index, pixel = flat // (height * width), flat % (height * width)
-        target = views.images.pixels(flat).float() / 255
-        xy = torch.stack([pixel % width, pixel // width], dim=1) + 0.5
-        eye = torch.eye(4, device=flat.device)[None]
+        rows, cols = height - border.top - border.bottom, width - border.left - border.right
+        drawn = integers(generator, len(views) * rows * cols, self.n_rays, views.c2w.device)
+        index, pixel = drawn // (rows * cols), drawn % (rows * cols)
+        x, y = border.left + pixel % cols, border.top + pixel // cols
+        target = views.images.pixels((index * height + y) * width + x).float() / 255
+        xy = torch.stack([x, y], dim=1) + 0.5
+        eye = torch.eye(4, device=drawn.device)[None]
         local = camera_rays(views.camera, eye, xy)[1][0]  # (n, 3) in camera axes
         rotation, centre = views.c2w[index, :3, :3], views.c2w[index, :3, 3]
         return index, centre, torch.einsum("nij,nj->ni", rotation, local), target
