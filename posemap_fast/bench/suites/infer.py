@@ -231,10 +231,21 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return max(_LEAST_TOLERANCE, 4 * eps)
 
 
+@functools.lru_cache(maxsize=1)
+def _plain(net: APRNet) -> Regressor:
+    """The peer and reference of all modes."""
+    return Regressor(net)
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(reference: Forward, shape: _Shape, device: torch.device) -> torch.Tensor:
+    """Once for all modes: a large network takes seconds."""
+    return _poses(reference, shape.images(1, device))
+
+
 def _error(forward: Forward, reference: Forward, shape: _Shape, device: torch.device) -> float:
     """On images that neither was made with."""
-    images = shape.images(1, device)
-    return relative_error([_poses(forward, images)], [_poses(reference, images)])
+    return relative_error([_poses(forward, shape.images(1, device))], [_expected(reference, shape, device)])
 
 
 def _repeats(n_flops: float, context: BenchContext) -> int:
@@ -245,7 +256,7 @@ def _of_mode(
     case: str, mode: Mode, net: APRNet, dtype: torch.dtype, shape: _Shape, n_flops: float, context: BenchContext
 ) -> Comparison | Skipped:
     """One mode in one precision against eager float32; skipped when the mode cannot be had here."""
-    images, reference = shape.images(0, context.device), Regressor(net)
+    images, reference = shape.images(0, context.device), _plain(net)
     begin = time.perf_counter()
     try:
         forward = torch.no_grad()(mode.make)(Regressor(net, dtype), images)

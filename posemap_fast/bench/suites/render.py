@@ -231,14 +231,14 @@ _VIEW, _TRAINING_VIEW = (240, 427), (72, 96)
 _COARSE = 2.0  # of training views in the preset `cpu`, whose size `_TRAINING_VIEW` is
 _CASES: dict[str, Sequence[_Case]] = {
     "views": [
-        _Case("rgb", _colours, _VIEW, (_pixels,), min_repeats=3),
+        _Case("rgb", _colours, _VIEW, (_pixels,), min_repeats=2),
         _Case("training_view", _colours, _TRAINING_VIEW, (_pixels,), coarseness=_COARSE),
     ],
     "posemaps": [
         _Case("posemap", _posemap, _VIEW),
         _Case("posemap", _posemap, (480, 854)),
     ],
-    "both": [_Case("rgb_and_posemap", _both, _VIEW, (_pixels, _cells), min_repeats=3)],
+    "both": [_Case("rgb_and_posemap", _both, _VIEW, (_pixels, _cells), min_repeats=2)],
     "pose_gradient": [
         _Case("posemap_pose_gradient", _pose_gradient, _VIEW, peers=(_PLAIN,), tolerance_factor=_GRADIENT),
     ],
