@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +37,15 @@ def measure_ceilings(device: torch.device, is_smoke: bool = False) -> dict[str, 
 
 
 def describe_machine(device: str, threads: int, is_smoke: bool) -> dict[str, Any]:
-    """What a reader needs to judge the figures; JSON-ready."""
+    """What a reader needs to judge the figures; JSON-ready, without folders of the machine: it gets published."""
+    found = gather_environment().to_dict()
+    for library in ("native_cpu", "native_cuda"):
+        if found[library]["found"]:
+            found[library]["found"] = Path(found[library]["found"]).name
+    words = [Path(word).name if os.sep in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "commit": git_commit(),
-        "command": "python -m posemap_fast.bench " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m posemap_fast.bench", *words]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "threads": threads,
@@ -48,5 +54,5 @@ def describe_machine(device: str, threads: int, is_smoke: bool) -> dict[str, Any
         "dtype": "float32",
         "seed": 0,
         "ceilings": measure_ceilings(torch.device(device), is_smoke),
-        "environment": gather_environment().to_dict(),
+        "environment": found,
     }
