@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +52,12 @@ __all__ = [
     "print_table",
     "reliability_of",
     "render_test_views",
+    "shown_arguments",
     "summarize_run",
     "write_files",
 ]
+
+_FOLDERS = re.compile(r"(?<![^=])(?:~|\.\.|(?=/))[^=]*/")  # of a path that begins an argument or follows a `=`
 
 SCHEMA = 1
 _PICTURES = 6  # held-out views shown in the report
@@ -345,6 +350,11 @@ def git_commit() -> str:
     except OSError:
         return ""
     return result.stdout.strip()
+
+
+def shown_arguments() -> list[str]:
+    """The command line behind the program's name, without the folders of this machine: for what gets published."""
+    return [_FOLDERS.sub("", argument) for argument in sys.argv[1:]]
 
 
 def print_table(summary: dict[str, Any], console: Console) -> None:

@@ -42,9 +42,7 @@ class RefinedPose(NamedTuple):
 
     vector12: torch.Tensor  # (B, 12) row-major [R | t] in the pose frame, R a rotation
     posemap: torch.Tensor  # (B, C, rows, cols) predicted
-    log_sigma: (
-        torch.Tensor
-    )  # (B, 2) log standard deviations: by confidences, where the points lie and how well they fit
+    log_sigma: torch.Tensor  # (B, 2) log standard deviations, see `_log_deviations`
 
 
 class PoseMapReadout(nn.Module):

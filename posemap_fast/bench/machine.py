@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.environment import gather_environment
-from posemap_fast.results import git_commit
+from posemap_fast.results import git_commit, shown_arguments
 
 __all__ = ["describe_machine", "measure_ceilings"]
 
@@ -42,10 +41,9 @@ def describe_machine(device: str, threads: int, is_smoke: bool) -> dict[str, Any
     for library in ("native_cpu", "native_cuda"):
         if found[library]["found"]:
             found[library]["found"] = Path(found[library]["found"]).name
-    words = [Path(word).name if os.sep in word and Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "commit": git_commit(),
-        "command": " ".join(["python -m posemap_fast.bench", *words]),
+        "command": " ".join(["python -m posemap_fast.bench", *shown_arguments()]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "threads": threads,

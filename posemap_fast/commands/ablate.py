@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.files import write_text
 from posemap_fast.progress import make_progress
 from posemap_fast.resources import resource_dir
-from posemap_fast.results import environment, git_commit
+from posemap_fast.results import environment, git_commit, shown_arguments
 
 __all__ = ["ablate"]
 
@@ -46,9 +45,6 @@ examples:
   posemap ablate losses --seeds 0,1,2 --out runs/losses
   posemap ablate losses --scene kitchen=/data/redkitchen --scene room --seeds 0 --rows "full,pose only"
   posemap ablate mine.yaml --set apr.steps=300 --markdown table.md"""
-
-
-_FOLDERS = re.compile(r"(?<![^=])(?:~|\.\.|(?=/))[^=]*/")  # of a path that begins an argument or follows a `=`
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +207,7 @@ def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequen
         *_EXPLANATIONS[ablation.measure],
         f"Ratios and gains are those over the row `{ablation.reference_row}`.",
         "",
-        f"- command: `posemap {shlex.join(_shown_arguments())}`",
+        f"- command: `posemap {shlex.join(shown_arguments())}`",
         f"- commit {git_commit()}, torch {machine['torch']}, {place}",
     ]
     if ablation.intervals:
@@ -224,11 +220,6 @@ def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequen
         lines.append(f"|{'---|' * len(_columns(ablation))}")
         lines += [f"| {' | '.join(_cells(ablation, row))} |" for row in rows if row["scene"] == scene]
     return "\n".join(lines) + "\n"
-
-
-def _shown_arguments() -> list[str]:
-    """The command line, without the folders of this machine."""
-    return [_FOLDERS.sub("", argument) for argument in sys.argv[1:]]
 
 
 COMMANDS.register("ablate")(Command("rows x scenes x seeds, one table", _DESCRIPTION, _EXAMPLE, _add_arguments, ablate))
