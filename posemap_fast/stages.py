@@ -148,6 +148,12 @@ class SceneStages:
 
     def field(self, estimate: FrameEstimate) -> tuple[SceneMap, FieldStage]:
         """Stage 1: colour and density, and the occupancy grid that later stages march through."""
+        scene_map, stage = self.new_field(estimate)
+        self.train_field(scene_map, stage)
+        return scene_map, stage
+
+    def new_field(self, estimate: FrameEstimate) -> tuple[SceneMap, FieldStage]:
+        """An untrained map and its stage 1."""
         views = self.views["train"]
         scale = 1.0 if self.config.pose_scale == "metric" else "auto"
         field = self.config.field
@@ -170,13 +176,15 @@ class SceneStages:
         if scene_map.nerfp.appearance is not None:
             scene_map.nerfp.appearance.mean_histogram.copy_(views.histograms.mean(dim=0))
         scene_map.renderer.occupancy.restrict(lambda x: _seen(estimate, views, x))
-        stage = FieldStage(self.config.nerf, scene_map.nerfp, scene_map.renderer, views, self.seed)
+        return scene_map, FieldStage(self.config.nerf, scene_map.nerfp, scene_map.renderer, views, self.seed)
+
+    def train_field(self, scene_map: SceneMap, stage: FieldStage) -> None:
+        """Train the map of `new_field`, and empty the cells that no training view sees."""
         self._train(stage)
         scene_map.renderer.set_coarseness(1.0)
         with self.timed("prune"):
-            kept = prune_occupancy(scene_map.nerfp, scene_map.renderer, views, self.seed)
+            kept = prune_occupancy(scene_map.nerfp, scene_map.renderer, self.views["train"], self.seed)
         logger.info("occupancy: kept %.0f %% of the occupied cells", 100 * kept)
-        return scene_map, stage
 
     def pose_branch(self, scene_map: SceneMap, sampler: ViewSampler) -> None:
         """Stage 2: the pose branch and its decoder; the map is frozen afterwards."""

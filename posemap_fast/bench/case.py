@@ -68,6 +68,7 @@ class Comparison:
         notes: further figures of the case, such as samples per ray; they are printed and stored, not compared.
         min_repeats: timed runs per side, at least.
         measured_ms: time of work that was done once and is too long to be repeated: `run` is not called.
+        measured_peers_ms: then also those of its peers, by name.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Comparison:
     notes: Mapping[str, float | str] = field(default_factory=dict)
     min_repeats: int = 5
     measured_ms: float | None = None
+    measured_peers_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Skipped:
 Family = Callable[[BenchContext], Iterator[Comparison | Skipped]]
 FAMILIES: Registry[Family] = Registry("benchmark")
 REPEATED: set[str] = set()
-"""Suites of cases so short that what the machine is doing at the time decides: they are run in several passes."""
+"""Suites or families of cases so short that what the machine does at the time decides: they have several passes."""
 
 
 def suite_names() -> list[str]:

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help=f"over the suites {repeated}, in new processes; the best counts (default: {_CPU_PASSES}, 1 on GPUs)",
+        help=f"over {repeated}, in new processes; the best counts (default: {_CPU_PASSES}, 1 on GPUs)",
     )
     parser.add_argument(
         "--minutes",
@@ -228,7 +228,7 @@ def _pass_over(name: str, how: Options, before: Outcome | None) -> Outcome:
 
 def _run_families(families: Sequence[str], how: Options, n_passes: int, seconds: float = math.inf) -> list[Outcome]:
     """One outcome per family: the best of the passes; further ones that would end after `seconds` are left out."""
-    repeated = [name for name in families if name.split("/")[0] in REPEATED]
+    repeated = [name for name in families if {name, name.split("/")[0]} & REPEATED]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes: dict[str, Outcome] = {}
     took: dict[str, float] = {}

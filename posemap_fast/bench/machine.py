@@ -13,11 +13,14 @@ from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.environment import gather_environment
 from posemap_fast.results import git_commit, shown_arguments
 
-__all__ = ["describe_machine", "measure_ceilings"]
+__all__ = ["YARDSTICK", "describe_machine", "measure_ceilings", "yardstick_ms"]
 
 _COPY_BYTES = 1 << 28  # far beyond any cache
 _GEMM_SIDE = 2048
 _SMOKE_SHRINK = 16
+_YARDSTICK_FLOPS = 1e13
+YARDSTICK = "10 TFLOP of products"
+"""The peer of work that is done once, which no peer can be timed in turn with."""
 
 
 def measure_ceilings(device: torch.device, is_smoke: bool = False) -> dict[str, float]:
@@ -25,14 +28,23 @@ def measure_ceilings(device: torch.device, is_smoke: bool = False) -> dict[str, 
     shrink, seconds = (_SMOKE_SHRINK, 0.05) if is_smoke else (1, 1.0)
     source = torch.ones(_COPY_BYTES // shrink, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    side = _GEMM_SIDE // shrink
-    a, b = torch.randn(2, side, side, device=device)
     copied, _ = time_by_turns(lambda: target.copy_(source), {}, device, seconds=seconds, min_repeats=5)
-    multiplied, _ = time_by_turns(lambda: a @ b, {}, device, seconds=seconds, min_repeats=5)
     return {
         "copy_bytes_per_s": 2 * source.numel() / (copied.median / 1e3),
-        "gemm_flops_per_s": 2 * side**3 / (multiplied.median / 1e3),
+        "gemm_flops_per_s": _product_flops_per_s(device, is_smoke, seconds),
     }
+
+
+def yardstick_ms(device: torch.device, is_smoke: bool = False) -> float:
+    """How long `YARDSTICK` would take at the speed that the machine has now: to be asked before and after the work."""
+    return 1e3 * _YARDSTICK_FLOPS / _product_flops_per_s(device, is_smoke, seconds=0.05 if is_smoke else 0.5)
+
+
+def _product_flops_per_s(device: torch.device, is_smoke: bool, seconds: float) -> float:
+    side = _GEMM_SIDE // (_SMOKE_SHRINK if is_smoke else 1)
+    a, b = torch.randn(2, side, side, device=device)
+    multiplied, _ = time_by_turns(lambda: a @ b, {}, device, seconds=seconds, min_repeats=5)
+    return 2 * side**3 / (multiplied.median / 1e3)
 
 
 def describe_machine(device: str, threads: int, is_smoke: bool) -> dict[str, Any]:

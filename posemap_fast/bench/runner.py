@@ -87,7 +87,7 @@ def _rows(case: Comparison, context: BenchContext, options: Options) -> Iterator
         "notes": dict(case.notes),
     }
     if not is_right:
-        yield from (_blank(common, peer) for peer in case.peers or [""])
+        yield from (_blank(common, peer) for peer in [*case.peers, *case.measured_peers_ms] or [""])
         return
     times, peers, memory = _measure(case, context.device, options)
     seconds = times.median / 1e3
@@ -113,7 +113,7 @@ def _rows(case: Comparison, context: BenchContext, options: Options) -> Iterator
 def _measure(case: Comparison, device: torch.device, options: Options) -> tuple[Times, dict[str, Times], float | None]:
     """Times of our side and of the peers, and the memory of our side."""
     if case.measured_ms is not None:
-        return Times((case.measured_ms,)), {}, None
+        return Times((case.measured_ms,)), {name: Times((ms,)) for name, ms in case.measured_peers_ms.items()}, None
     memory = None if options.is_verified else peak_memory_mib(case.run, device)
     repeats = 1 if options.is_smoke else case.min_repeats
     if options.is_verified:  # a further pass

@@ -16,7 +16,9 @@ __all__ = ["Times", "peak_memory_mib", "time_by_turns"]
 
 _MAX_ROUNDS = 100
 _MAX_PER_ROUND = 10  # runs of a fast side for each run of a slow one
-_SLOW_ROUND_MS, _MIN_SLOW_ROUNDS, _MAX_PER_SLOW_ROUND = 1500.0, 3, 3
+_SLOW_ROUND_MS, _MIN_SLOW_ROUNDS = 1500.0, 3
+_MAX_PER_SLOW_ROUND, _SLOW_SHARE_MS = 3, 500.0  # of a side
+_VERY_SLOW_ROUND_MS, _MIN_VERY_SLOW_ROUNDS = 4000.0, 2
 _WARM_MS = 1000.0  # a run as long as this needs no other to warm up
 
 
@@ -52,10 +54,12 @@ def time_by_turns(
     """Time our side and every peer in turn, so that a change of the machine's load meets all of them.
 
     Every side runs once to warm up; on a CPU a run of more than a second counts. A side that is much faster than the
-    slowest runs up to ten times per turn, three times where a turn is long, so that its median is as good as the other.
+    slowest runs up to ten times per turn, so that its median is as good as the other; where a turn is slow, up to three
+    times within half a second.
 
     Args:
-        seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow.
+        seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow, two
+            where one takes four seconds.
     """
     sides = [run, *peers.values()]
     clock = _cuda_ms if device.type == "cuda" else _host_ms
@@ -63,10 +67,12 @@ def time_by_turns(
     is_warm = device.type != "cuda"  # there a first run may be long because it loads kernels
     found = [[ms] if is_warm and ms >= _WARM_MS else [] for ms in first]
     first = [before if before >= _WARM_MS else min(before, clock(s)) for before, s in zip(first, sides, strict=True)]
-    per_turn = [int(min(_MAX_PER_ROUND, max(1, max(first) // max(ms, 1e-3)))) for ms in first]
+    per_turn = [_fit(max(first), ms, _MAX_PER_ROUND) for ms in first]
     if sum(n * ms for n, ms in zip(per_turn, first, strict=True)) > _SLOW_ROUND_MS:
-        min_repeats = min(min_repeats, _MIN_SLOW_ROUNDS)
-        per_turn = [min(n, _MAX_PER_SLOW_ROUND) for n in per_turn]
+        per_turn = [
+            min(n, _fit(_SLOW_SHARE_MS, ms, _MAX_PER_SLOW_ROUND)) for n, ms in zip(per_turn, first, strict=True)
+        ]
+        min_repeats = min(min_repeats, _MIN_VERY_SLOW_ROUNDS if sum(first) > _VERY_SLOW_ROUND_MS else _MIN_SLOW_ROUNDS)
     end = time.perf_counter() + seconds
     gc.collect()
     for turn in range(int(any(found)), _MAX_ROUNDS):
@@ -76,6 +82,11 @@ def time_by_turns(
             values.extend(clock(side) for _ in range(n))
     ours, *theirs = (Times(tuple(times)) for times in found)
     return ours, dict(zip(peers, theirs, strict=True))
+
+
+def _fit(limit_ms: float, ms: float, most: int) -> int:
+    """Runs of `ms` in a time, one at least."""
+    return int(min(most, max(1, limit_ms // max(ms, 1e-3))))
 
 
 def _host_ms(run: Callable[[], object]) -> float:

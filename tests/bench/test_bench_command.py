@@ -184,6 +184,18 @@ def test_measured_times_are_taken_as_they_are(families: Registry) -> None:
     assert calls == [] and row["value"] == 7000 and row["repeats"] == 1 and row["rate"] == pytest.approx(2 / 7)
 
 
+def test_measured_times_have_peers_that_were_measured_beside_them(families: Registry) -> None:
+    def family(context: BenchContext):
+        for name, error in (("right", 0.0), ("wrong", 1.0)):
+            peers = {"yardstick": 3500.0}
+            yield Comparison(name, lambda: None, lambda error=error: error, 0.5, measured_ms=7000.0, measured_peers_ms=peers)
+
+    families.register("mine/a")(family)
+    right, wrong = run_family("mine/a", Options("cpu", 1)).rows
+    assert (right["peer"], right["peer_value"], right["ratio_to_reference"]) == ("yardstick", 3500.0, 0.5)
+    assert (wrong["peer"], wrong["value"], wrong["ratio_to_reference"]) == ("yardstick", None, None)
+
+
 def test_peers_are_timed_in_turn_with_us(families: Registry) -> None:
     order: list[str] = []
 

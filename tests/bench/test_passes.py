@@ -48,7 +48,10 @@ def test_what_was_wrong_or_is_not_there_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("words", "n_passes"), [(["--passes", "2"], 2), ([], 3), (["--smoke"], 1)])
-def test_the_passes_are_timed_and_only_the_first_is_verified(words, n_passes: int, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("repeated", ["mine", "mine/a"])
+def test_the_passes_are_timed_and_only_the_first_is_verified(
+    words: list[str], n_passes: int, repeated: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = {"verify": 0, "run": 0}
 
     def count(name: str) -> float:
@@ -70,7 +73,7 @@ def test_the_passes_are_timed_and_only_the_first_is_verified(words, n_passes: in
     describe = cli.describe_machine
     monkeypatch.setattr(cli, "describe_machine", lambda device, threads, is_smoke: describe(device, threads, True))
     monkeypatch.setattr(cli, "run_family_apart", here)
-    monkeypatch.setattr(cli, "REPEATED", {"mine"})
+    monkeypatch.setattr(cli, "REPEATED", {repeated})
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     file = tmp_path / "report.json"
     arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0.003", "--json", str(file), *words]
@@ -134,6 +137,14 @@ def test_a_run_of_more_than_a_second_needs_no_warming_up(monkeypatch) -> None:
     slow, others = time_by_turns(lambda: None, {"fast": lambda: None}, torch.device("cpu"), seconds=0.01, min_repeats=5)
     assert slow.ms == (2000.0, 1900.0, 1900.0)
     assert others["fast"].ms == (6.0,) * 6  # three runs in a long turn, its first two to warm up
+
+
+def test_a_turn_of_seconds_comes_twice_and_runs_no_half_second_again(monkeypatch) -> None:
+    times = {"ours": 50.0, "slow": 3600.0, "tuned": 900.0}
+    monkeypatch.setattr(timing, "_host_ms", lambda run: times[run()])
+    peers = {name: lambda name=name: name for name in ("slow", "tuned")}
+    ours, others = time_by_turns(lambda: "ours", peers, torch.device("cpu"), seconds=0.0, min_repeats=5)
+    assert (len(ours.ms), len(others["slow"].ms), len(others["tuned"].ms)) == (3, 2, 1)
 
 
 def test_every_side_has_a_time_when_the_first_run_has_used_up_the_time(monkeypatch) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from posemap_fast import ops
 from posemap_fast.apr import APRNet
 from posemap_fast.bench.case import FAMILIES, BenchContext, Comparison
+from posemap_fast.bench.machine import YARDSTICK
 from posemap_fast.bench.suites import pipeline, train
 from posemap_fast.train import apr, nerfp, pose_branch, random_views
 
@@ -150,6 +151,7 @@ def test_run_tells_of_its_parts_and_its_accuracy(cases) -> None:
     parts = {name.rsplit("/", 1)[1]: case for name, case in cases.items() if name.startswith("pipeline/")}
     assert {"load", "field", "pose_branch", "apr", "total"} <= set(parts)
     assert all(case.measured_ms is not None and case.measured_ms > 0 and not case.peers for case in parts.values())
+    assert all(case.measured_peers_ms[YARDSTICK] > 0 for case in parts.values())
     assert "PSNR (dB)" in parts["total"].notes
 
 

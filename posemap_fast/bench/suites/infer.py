@@ -43,7 +43,7 @@ _SMOKE_BACKBONES = (_SMALL, "resnet18")
 _LEAST_TOLERANCE = 1e-3  # relative, of poses whose entries are about 1: a millimetre per metre, a twentieth of a degree
 _TF32_EPS = 2.0**-10  # GPUs round the inputs of float32 convolutions to it, as torch asks them to by default
 _FAST_FLOPS = {"cpu": 1e10, "cuda": 1e12}  # of a run that takes less than 50 ms
-_FAST_REPEATS, _SLOW_REPEATS = 20, 5
+_FAST_REPEATS, _SLOW_REPEATS = 12, 5
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """Images (B, 3, H, W) float32 in [0, 1] -> poses (B, 12) float32, row-major [R | t] in the pose frame."""

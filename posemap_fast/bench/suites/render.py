@@ -1,9 +1,7 @@
 """Views and PoseMaps of a trained map, against plain PyTorch, the CUDA libraries for the same work, and NeRF-H.
 
-The map is the scene `room` with the sizes of the preset `cpu`, trained by stage 1 once in a run. The
-grid starts from the room's true surfaces, so that 200 steps are enough: rays then march 19 samples and see 12 of them,
-where those of the preset's whole schedule march 21 and see 9. All cases show the training view whose rays march the
-median number of samples.
+The map is the scene `room` with the sizes of the preset `cpu`, trained by stage 1 once in a run, from near its surfaces
+(`bench.surfaces`). All cases show the training view whose rays march the median number of samples.
 
 `plain torch` is the same rendering with every operation a torch expression. NeRF-H is another method: one view of its
 60 x 106 pixels against one training view, or one PoseMap, of ours. That is the comparison that matters to a training,
@@ -20,21 +18,20 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from posemap_fast import ops
 from posemap_fast.apr import PoseFrame
 from posemap_fast.backends import why_not
-from posemap_fast.bench.case import FAMILIES, BenchContext, Comparison, Family, Skipped
+from posemap_fast.bench.case import FAMILIES, REPEATED, BenchContext, Comparison, Family, Skipped
 from posemap_fast.bench.peers.nerf_h import VIEW_SIZE, NeRFH
+from posemap_fast.bench.surfaces import SHORT, start_near_surfaces
 from posemap_fast.bench.verify import Tensors, worst_error
 from posemap_fast.data import estimate_frame, load_scene
-from posemap_fast.data.room.layout import clearance
 from posemap_fast.errors import BackendError
 from posemap_fast.experiment import ExperimentConfig, load_experiment
 from posemap_fast.fields import NeRFP
-from posemap_fast.geometry import Camera, SceneFrame, camera_rays
+from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.localize import SceneMap
 from posemap_fast.render import Renderer, posemap_shape, render_posemaps, render_views
 from posemap_fast.train import FieldStage, TrainingViews, prune_occupancy
@@ -48,11 +45,7 @@ _TOLERANCES = {"cpu": 1e-4, "cuda": 2e-2}
 _GRADIENT = 10.0  # times the tolerance: terms of many samples cancel in the gradient of a pose
 _SMOKE_SHRINK = 8
 _SHORT = (
-    "nerf.steps=200",
-    "nerf.samples_per_step=32768",
-    "nerf.coarse=[0,0]",
-    "render.occupancy.update_every=8",
-    "render.occupancy.decay=0.8",
+    *SHORT,
     "field.finest_resolution=304",  # what training derives from this scene's cameras
 )
 _SMOKE = (
@@ -63,7 +56,6 @@ _SMOKE = (
     "field.log2_hashmap_size=10",
     "field.finest_resolution=32",
 )
-_SHELL = 1.75  # cells of the occupancy grid around the true surfaces that may be occupied
 
 
 @dataclass(frozen=True)
@@ -133,8 +125,7 @@ def _train_room(
     nerfp, renderer = found.nerfp, found.renderer
     if nerfp.appearance is not None:
         nerfp.appearance.mean_histogram.copy_(views.histograms.mean(dim=0))
-    cell = 1 / (config.render.occupancy.resolution * estimate.frame.scale)
-    renderer.occupancy.restrict(functools.partial(_is_near_surface, estimate.frame, _SHELL * cell))
+    start_near_surfaces(renderer)
     stage = FieldStage(config.nerf, nerfp, renderer, views, seed=0)
     for k in range(stage.n_steps):
         stage.step(k)
@@ -144,12 +135,6 @@ def _train_room(
     codes = nerfp.appearance_code(views.histograms)
     view = _typical_view(RoomMap(nerfp, renderer, scene.camera, views.c2w, codes))
     return found, (view.c2w, view.code)
-
-
-def _is_near_surface(frame: SceneFrame, distance: float, x: torch.Tensor) -> torch.Tensor:
-    """(n, 3) in the unit cube -> (n,) bool: a surface of the room is nearer than `distance`, metres."""
-    away = clearance(frame.to_world(x).double().cpu().numpy())
-    return torch.from_numpy(np.abs(away) < distance).to(x.device)
 
 
 def _typical_view(room: RoomMap) -> RoomMap:
@@ -227,6 +212,7 @@ class _Case:
         return "{}/{}x{}".format(self.name, *size)
 
 
+REPEATED.update({"render/posemaps", "render/pose_gradient"})
 _VIEW, _TRAINING_VIEW = (240, 427), (72, 96)
 _COARSE = 2.0  # of training views in the preset `cpu`, whose size `_TRAINING_VIEW` is
 _CASES: dict[str, Sequence[_Case]] = {

@@ -25,6 +25,8 @@ from torch import nn
 from posemap_fast import ops
 from posemap_fast.apr import APRNet
 from posemap_fast.bench.case import FAMILIES, BenchContext, Comparison
+from posemap_fast.bench.machine import YARDSTICK, yardstick_ms
+from posemap_fast.bench.surfaces import SHORT, start_near_surfaces
 from posemap_fast.bench.verify import Tensors, relative_error
 from posemap_fast.eval import psnr_db
 from posemap_fast.experiment import load_experiment
@@ -56,11 +58,11 @@ _TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 # A ReLU at its kink lets a gradient through or not, as the convolution before it rounds.
 _NETWORK_TOLERANCE = 1e-2
 _SHORT = (
-    *("data.room_test=4", "posemap.steps=20", "apr.steps=10", "checkpoint_every_s=1e9"),
+    *("data.room_test=2", "posemap.steps=20", "apr.steps=10", "checkpoint_every_s=1e9"),
     *("field.backbone=native", "render.backend=native"),
 )
 _FEW_VIEWS = ("data.room_train=60",)  # for stages 2 and 3, whose steps cost the same however many there are
-_SMALL_ROOM = "train/room of few views"  # their map, which the first of them trains
+_SMALL_ROOM = "train/room of few views"  # their map, from near the surfaces, which the first of them trains
 _SMOKE = (
     *("data.room_train=12", "data.room_width=32", "data.network_side=0", "network.input_size=[24,32]"),
     *("field.log2_hashmap_size=10", "field.n_levels=4", "render.steps_per_unit=48", "render.occupancy.resolution=16"),
@@ -87,9 +89,17 @@ class _Scene:
         stages = SceneStages(scene, config, _SEED, folder / "checkpoints", log, NoProgress())
         return cls(stages, folder, _TOLERANCE[context.device.type])
 
+    @classmethod
+    def of_few_views(cls, context: BenchContext, folder: Path) -> _Scene:
+        """For stages 2 and 3: stage 1 is short."""
+        return cls.of(context, folder, *_FEW_VIEWS, *SHORT)
+
     def map(self) -> SceneMap:
-        """After stage 1."""
-        return self.stages.field(self.stages.frame())[0]
+        """After a stage 1 that starts near the surfaces."""
+        scene_map, stage = self.stages.new_field(self.stages.frame())
+        start_near_surfaces(stage.renderer)
+        self.stages.train_field(scene_map, stage)
+        return scene_map
 
 
 @contextlib.contextmanager
@@ -178,7 +188,7 @@ class _Step:
 # ---------------------------------------------------------------------------------------------------------- stage 1
 
 _TARGET_DB, _SMOKE_TARGET_DB = 28.0, 8.0
-_LOOK_EVERY = 25  # steps between two looks at the held-out views
+_LOOK_EVERY = 50  # steps between two looks at the held-out views
 _SETTLING = 48  # steps until the rays of a step fit the samples per ray
 
 
@@ -222,8 +232,11 @@ def train_field(context: BenchContext) -> Iterator[Comparison]:
     target = _SMOKE_TARGET_DB if context.is_smoke else _TARGET_DB
     with context.kept("train/room") as folder:
         scene = _Scene.of(context, folder)
+        before = yardstick_ms(context.device, context.is_smoke)
         with _kernels("native"):
             stage, reached = _field_from_scratch(scene, target)
+        yardstick = (before + yardstick_ms(context.device, context.is_smoke)) / 2
+        with _kernels("native"):
             after = max(reached.steps, math.ceil(stage.config.coarse[1] * stage.n_steps))
             for k in range(after, after + _SETTLING):
                 stage.step(k)
@@ -233,6 +246,7 @@ def train_field(context: BenchContext) -> Iterator[Comparison]:
             verify=lambda: 0.0 if reached.psnr_db >= target else math.inf,
             tolerance=0.0,
             measured_ms=1e3 * reached.seconds,
+            measured_peers_ms={YARDSTICK: yardstick},
             work=reached.steps,
             work_unit="steps",
             notes={"PSNR of held-out views (dB)": reached.psnr_db},
@@ -244,10 +258,7 @@ def train_field(context: BenchContext) -> Iterator[Comparison]:
 def _field_from_scratch(scene: _Scene, target_db: float) -> tuple[FieldStage, _Reached]:
     """Stage 1 up to a quality on the test views."""
     stages = scene.stages
-    config = stages.config.nerf
-    stages.config = dataclasses.replace(stages.config, nerf=dataclasses.replace(config, steps=1))  # only built
-    scene_map = scene.map()
-    stage = FieldStage(config, scene_map.nerfp, scene_map.renderer, stages.views["train"], _SEED)
+    scene_map, stage = stages.new_field(stages.frame())
     return stage, _train_until(stage, lambda: _held_out_psnr(scene_map, stages.views["test"]), target_db)
 
 
@@ -297,7 +308,7 @@ def _occupancy_update(scene: _Scene, stage: FieldStage) -> Comparison:
 def train_pose_branch(context: BenchContext) -> Iterator[Comparison]:
     """Stage 2: a step."""
     with context.kept(_SMALL_ROOM) as folder:
-        scene = _Scene.of(context, folder, *_FEW_VIEWS)
+        scene = _Scene.of_few_views(context, folder)
         config = scene.stages.config.posemap
         with _kernels("native"):
             scene_map = scene.map()
@@ -394,7 +405,7 @@ class _Loop:
 def train_online(context: BenchContext) -> Iterator[Comparison]:
     """Stage 3: the parts of a step, then the step."""
     with context.kept(_SMALL_ROOM) as folder:
-        scene = _Scene.of(context, folder, *_FEW_VIEWS)
+        scene = _Scene.of_few_views(context, folder)
         with _kernels("native"):
             loop = _Loop.of(scene)
             whole = loop.stage(Peer())
