@@ -188,7 +188,9 @@ def test_measured_times_have_peers_that_were_measured_beside_them(families: Regi
     def family(context: BenchContext):
         for name, error in (("right", 0.0), ("wrong", 1.0)):
             peers = {"yardstick": 3500.0}
-            yield Comparison(name, lambda: None, lambda error=error: error, 0.5, measured_ms=7000.0, measured_peers_ms=peers)
+            yield Comparison(
+                name, lambda: None, lambda error=error: error, 0.5, measured_ms=7000.0, measured_peers_ms=peers
+            )
 
     families.register("mine/a")(family)
     right, wrong = run_family("mine/a", Options("cpu", 1)).rows
