@@ -2,7 +2,8 @@
 //
 // Row-major matrices are copied row by row. Column-major ones (the storage of hash_encode's output) go through
 // square transposes in registers, so each column is read and written in whole vectors. Any other strides
-// (an expanded cotangent has stride 0) take the element loop.
+// (an expanded cotangent has stride 0) take the element loop. Rows that are a block as they lie are not copied at all:
+// the products then wait for memory while they compute.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -65,6 +66,13 @@ inline void transpose(Vec<T>* rows) {
   }
 }
 
+// Whether the rows from `row` on are a block as they lie: row-major, without padding, on a vector boundary.
+template <class T>
+inline bool is_block(const Matrix<T>& m, int64_t row, int64_t width, int64_t ld) {
+  return m.col_stride == 1 && m.row_stride == ld && width == ld &&
+         reinterpret_cast<uintptr_t>(m.data + row * ld) % kVectorBytes == 0;
+}
+
 template <class T>
 inline void copy_elements(const Matrix<const T>& from, const Matrix<T>& to, int64_t first, int64_t count,
                           int64_t width) {
@@ -109,7 +117,16 @@ inline void load_block(const Matrix<const T>& global, int64_t row, int64_t count
   copy_elements(from, to, r, count, width);
 }
 
-// The inverse: `local` (count x ld) into rows [row, row + count) of `global`.
+// The same rows, where they lie if they are a block there, else loaded into `local`.
+template <class T>
+inline const T* block_of(const Matrix<const T>& global, int64_t row, int64_t count, int64_t width, T* local,
+                         int64_t ld) {
+  if (is_block(global, row, width, ld)) return global.data + row * ld;
+  load_block(global, row, count, width, local, ld);
+  return local;
+}
+
+// The inverse of `load_block`: `local` (count x ld) into rows [row, row + count) of `global`.
 template <class T>
 inline void store_block(const T* local, int64_t ld, int64_t row, int64_t count, int64_t width,
                         const Matrix<T>& global) {

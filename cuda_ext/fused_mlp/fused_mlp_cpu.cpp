@@ -22,12 +22,16 @@ int forward(const Input<T>& input, const T* params, const int64_t* dims, int64_t
   const int64_t n_blocks = (n + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(n_threads) if (n > PMF_MIN_PARALLEL)
   for (int64_t block = 0; block < n_blocks; ++block) {
-    T* in = scratch.get() + 2 * buffer * omp_get_thread_num();
-    T* result = in + buffer;
-    const int64_t row = block * kBlock, count = std::min(kBlock, n - row);
-    work.load(row, count, in);
-    for (int64_t l = 0; l < n_layers; ++l, std::swap(in, result)) work.forward_layer(l, row, count, in, result);
-    store_block(in, layout.width(n_layers), row, count, dims[n_layers], target);
+    T *next = scratch.get() + 2 * buffer * omp_get_thread_num(), *other = next + buffer;
+    const int64_t row = block * kBlock, count = std::min(kBlock, n - row), last = layout.width(n_layers);
+    const bool in_place = is_block(target, row, dims[n_layers], last);
+    const T* now = work.load(row, count, other);
+    for (int64_t l = 0; l < n_layers; ++l, std::swap(next, other)) {
+      if (in_place && l + 1 == n_layers) next = out + row * last;
+      work.forward_layer(l, row, count, now, next);
+      now = next;
+    }
+    if (!in_place) store_block(now, last, row, count, dims[n_layers], target);
   }
   return PMF_OK;
 }
@@ -48,6 +52,8 @@ void store_input_gradient(const Backward<T>& work, const Gradients<T>& to, int64
   const bool wants_extra = to.extra != nullptr && input.extra != nullptr;
   const int64_t ld = layout.width(0), width = input.extra_width, x_width = layout.dims[0] - width;
   if (to.x.data == nullptr && !wants_extra) return;
+  if (!wants_extra && is_block(to.x, row, x_width, ld))
+    return work.input_gradient(count, z, x_width, to.x.data + row * ld);
   work.input_gradient(count, z, wants_extra ? layout.dims[0] : x_width, local);
   if (to.x.data != nullptr) store_block(local, ld, row, count, x_width, to.x);
   for (int64_t r = 0; r < count && wants_extra; ++r)
@@ -68,11 +74,11 @@ int backward(Matrix<const T> grad, const Input<T>& input, const T* params, const
     const int64_t begin = chunk * chunks.size, end = std::min(n, begin + chunks.size);
     for (int64_t row = begin; row < end; row += kBlock) {
       const int64_t count = std::min(kBlock, end - row);
-      work.block().load(row, count, mine);
-      work.block().hidden(row, count, mine);
-      load_block(grad, row, count, dims[n_layers], work.output_gradient(mine), layout.width(n_layers));
+      const T* in = work.block().load(row, count, mine);
+      work.block().hidden(row, count, in, mine);
+      const T* z = block_of(grad, row, count, dims[n_layers], work.output_gradient(mine), layout.width(n_layers));
       T* other;
-      const T* z = work.layers(begin, row, count, mine, &other);
+      z = work.layers(begin, row, count, in, z, mine, &other);
       store_input_gradient(work, to, row, count, z, other);
     }
   }

@@ -106,12 +106,14 @@ struct Block {
   const RayTerms<T>& rays;
   const T* weights;  // packed for the forward product
 
-  // Rows [row, row + count) of the input into `local`.
-  void load(int64_t row, int64_t count, T* local) const {
+  // Rows [row, row + count) of the input, where they lie or in `local`.
+  const T* load(int64_t row, int64_t count, T* local) const {
     const int64_t ld = layout.width(0), width = input.extra_width, x_width = layout.dims[0] - width;
+    if (width == 0) return block_of(input.x, row, count, x_width, local, ld);
     load_block(input.x, row, count, x_width, local, ld);  // may write padding, so the second part follows
-    for (int64_t r = 0; r < count && width > 0; ++r)
+    for (int64_t r = 0; r < count; ++r)
       std::copy_n(input.extra + (row + r) * width, width, local + r * ld + x_width);
+    return local;
   }
 
   // Layer l on a block: `in` (count, width(l)) -> `out` (count, width(l+1)); ReLU after all but the last layer.
@@ -129,11 +131,11 @@ struct Block {
       multiply<true, Store::kPlain>(product);
   }
 
-  // Hidden activations of a block whose input lies at `scratch`: layer l's output at scratch + (l + 1) * buffer.
-  void hidden(int64_t row, int64_t count, T* scratch) const {
+  // Hidden activations of a block with the input rows `in`: layer l's output at scratch + (l + 1) * buffer.
+  void hidden(int64_t row, int64_t count, const T* in, T* scratch) const {
     const int64_t buffer = kBlock * layout.widest;
-    for (int64_t l = 0; l + 1 < layout.n_layers; ++l)
-      forward_layer(l, row, count, scratch + l * buffer, scratch + (l + 1) * buffer);
+    for (int64_t l = 0; l + 1 < layout.n_layers; ++l, in = scratch + l * buffer)
+      forward_layer(l, row, count, in, scratch + (l + 1) * buffer);
   }
 };
 
@@ -169,19 +171,22 @@ class Backward {
   Backward& operator=(const Backward&) = delete;
 
   const Block<T>& block() const { return block_; }
-  // Scratch of a thread: activations of all layers, then two gradients.
+  // Scratch of a thread: input and activations of all layers, then two gradients.
   static int64_t scratch_size(const Layout<T>& layout) { return (layout.n_layers + 2) * kBlock * layout.widest; }
-  // Where the gradient of the network's output must lie before `layers`; row stride width(n_layers).
+  // A place for the gradient of the network's output; row stride width(n_layers).
   T* output_gradient(T* scratch) const { return scratch + layout_.n_layers * kBlock * layout_.widest; }
 
-  // From the output's gradient and the activations in `scratch` to the gradient of the first layer's output, which is
-  // returned; the other gradient buffer is then free. Adds to the sums of the chunk that begins at row `chunk_begin`.
-  T* layers(int64_t chunk_begin, int64_t row, int64_t count, T* scratch, T** free_buffer) const {
+  // From the input rows `in`, the output's gradient z and the activations in `scratch` to the gradient of the first
+  // layer's output, which is returned; *free_buffer then has room for another gradient. Adds to the sums of the chunk
+  // that begins at row `chunk_begin`.
+  const T* layers(int64_t chunk_begin, int64_t row, int64_t count, const T* in, const T* z, T* scratch,
+                  T** free_buffer) const {
     const int64_t buffer = kBlock * layout_.widest;
     T* partial = wants_params_ ? partials_.get() + chunk_begin / chunks_.size * layout_.plain_at.back() : nullptr;
-    T *z = output_gradient(scratch), *next = z + buffer;
+    T *next = output_gradient(scratch), *other = next + buffer;
+    if (z == next) std::swap(next, other);
     for (int64_t l = layout_.n_layers - 1; l >= 0; --l) {
-      const T* h = scratch + l * buffer;
+      const T* h = l == 0 ? in : scratch + l * buffer;
       const int64_t n_out = layout_.dims[l + 1], in_width = layout_.width(l), out_width = layout_.width(l + 1);
       if (partial != nullptr)
         multiply<false, Store::kAdd>(Product<T>{z, 1, out_width, h, in_width, partial + layout_.plain_at[l],
@@ -189,14 +194,16 @@ class Backward {
       if (l == 0) break;
       multiply<true, Store::kGate>(Product<T>{z, out_width, 1, plain_.get() + layout_.plain_at[l], in_width, next,
                                               in_width, h, count, in_width, n_out});
-      std::swap(z, next);
+      z = next;
+      std::swap(next, other);
     }
     if (has_ray_sums_) ray_sums_.add(chunk_begin, row, count, z);
     *free_buffer = next;
     return z;
   }
 
-  // Gradient of the block's first `cols` input columns from that of the first layer's output; rows of width(0).
+  // Gradient of the block's first `cols` input columns from that of the first layer's output; rows of width(0), of
+  // which whole vectors are written.
   void input_gradient(int64_t count, const T* z, int64_t cols, T* result) const {
     multiply<true, Store::kPlain>(Product<T>{z, layout_.width(1), 1, plain_.get(), layout_.width(0), result,
                                              layout_.width(0), nullptr, count, padded<T>(cols), layout_.dims[1]});

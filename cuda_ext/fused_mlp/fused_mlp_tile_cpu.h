@@ -53,8 +53,9 @@ struct Product {
   const int64_t* add_index = nullptr;
 };
 
+// Not inlined: within a large function its six row strides are spilled.
 template <class T, int R, int N, bool kDepthContiguous, Store kStore>
-inline void run_tile(const Product<T>& p, int64_t row, int64_t col) {
+__attribute__((noinline)) void run_tile(const Product<T>& p, int64_t row, int64_t col) {
   const T* a = p.a + row * (kDepthContiguous ? p.a_row : 1);
   const T* b = p.b + col;
   const int64_t row_step = kDepthContiguous ? p.a_row : 1;

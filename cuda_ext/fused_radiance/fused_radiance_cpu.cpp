@@ -71,16 +71,19 @@ int forward(const Radiance<T>& in, const Outputs<T>& out, int64_t n_threads) {
   const int64_t n_blocks = (in.n + kBlock - 1) / kBlock, n_geo = in.n_geo();
 #pragma omp parallel for schedule(dynamic, 8) num_threads(n_threads) if (in.n > PMF_MIN_PARALLEL)
   for (int64_t block = 0; block < n_blocks; ++block) {
-    T* now = scratch.get() + 2 * buffer * omp_get_thread_num();
-    T* next = now + buffer;
+    T *next = scratch.get() + 2 * buffer * omp_get_thread_num(), *other = next + buffer;
     const int64_t row = block * kBlock, count = std::min(kBlock, in.n - row);
-    density_block.load(row, count, now);
-    for (int64_t l = 0; l < density.n_layers; ++l, std::swap(now, next))
-      density_block.forward_layer(l, row, count, now, next);
+    const T* now = density_block.load(row, count, other);
+    const auto run = [&](const Block<T>& network) {
+      for (int64_t l = 0; l < network.layout.n_layers; ++l, std::swap(next, other)) {
+        network.forward_layer(l, row, count, now, next);
+        now = next;
+      }
+    };
+    run(density_block);
     store_block(now, density.width(density.n_layers), row, count, n_geo, Matrix<T>{out.geo, n_geo, 1});
     activate(in, now, density.width(density.n_layers), count, out.sigmas + row);
-    for (int64_t l = 0; l < colour.n_layers; ++l, std::swap(now, next))
-      colour_block.forward_layer(l, row, count, now, next);
+    run(colour_block);
     store_block(now, colour.width(colour.n_layers), row, count, 3, Matrix<T>{out.rgb, 3, 1});
     logistic_array(out.rgb + 3 * row, 3 * count);
   }
@@ -137,16 +140,16 @@ int backward(const Radiance<T>& in, const Outputs<const T>& saved, const Gradien
     for (int64_t row = begin; row < end; row += kBlock) {
       const int64_t count = std::min(kBlock, end - row);
       T *free_buffer, *geo_gradient = density_work.output_gradient(first);
-      colour_work.block().load(row, count, second);
-      colour_work.block().hidden(row, count, second);
-      colour_cotangent(grad.rgb + 3 * row, saved.rgb + 3 * row, count, colour.width(colour.n_layers),
-                       colour_work.output_gradient(second));
-      const T* z = colour_work.layers(begin, row, count, second, &free_buffer);
+      const T* rows = colour_work.block().load(row, count, second);
+      colour_work.block().hidden(row, count, rows, second);
+      T* rgb_gradient = colour_work.output_gradient(second);
+      colour_cotangent(grad.rgb + 3 * row, saved.rgb + 3 * row, count, colour.width(colour.n_layers), rgb_gradient);
+      const T* z = colour_work.layers(begin, row, count, rows, rgb_gradient, second, &free_buffer);
       colour_work.input_gradient(count, z, colour.dims[0], geo_gradient);
       add_geo_cotangent(in, saved, grad, row, count, colour.width(0), geo_gradient);
-      density_work.block().load(row, count, first);
-      density_work.block().hidden(row, count, first);
-      z = density_work.layers(begin, row, count, first, &free_buffer);
+      rows = density_work.block().load(row, count, first);
+      density_work.block().hidden(row, count, rows, first);
+      z = density_work.layers(begin, row, count, rows, geo_gradient, first, &free_buffer);
       if (grad.x.data == nullptr) continue;
       density_work.input_gradient(count, z, density.dims[0], free_buffer);
       store_block(free_buffer, density.width(0), row, count, density.dims[0], grad.x);

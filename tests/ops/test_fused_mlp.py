@@ -28,7 +28,7 @@ DIMS = [
 ]
 # Around the block of 48 rows and the register tiles of 8, 6, 4, 2 and 1; 5003 rows run on several threads.
 ROWS = [1, 2, 7, 47, 48, 49, 96, 613, 5003]
-LAYOUTS = ["row_major", "column_major", "strided"]
+LAYOUTS = ["row_major", "unaligned", "column_major", "strided"]
 F64_TOLERANCE = {"rtol": 1e-11, "atol": 1e-11}  # sums of at most 5003 terms of order 1: 1e-16 * 5003, and some room
 
 
@@ -61,10 +61,15 @@ def threads() -> Iterator[None]:
 
 
 def in_layout(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same (n, d) values stored row-major, column-major, or as every second row and column of a larger matrix."""
+    """The same (n, d) values stored row-major, on a vector boundary or beside one, column-major, or `strided`.
+
+    Those are every second row and column of a larger matrix.
+    """
     n, width = values.shape
     if layout == "row_major":
         return values.clone(memory_format=torch.contiguous_format)
+    if layout == "unaligned":
+        return torch.cat([values.new_zeros(1), values.flatten()])[1:].view(n, width)
     if layout == "column_major":
         return values.t().contiguous().t()
     storage = values.new_full((2 * n, 2 * width), float("nan"))
