@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from posemap_fast.cli import main
-from posemap_fast.data import Capture, Frame, Scene, load_room, write_transforms_json
+from posemap_fast.data import Capture, Frame, ImageStack, Scene, load_room, write_transforms_json
 from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.eval.top_down import draw_top_down, floor_axes
 from posemap_fast.geometry import Camera, Lens, SceneFrame, look_at
@@ -46,12 +47,23 @@ def inspected(capsys, *words: str) -> dict:
 def test_a_sound_capture_has_no_problem_and_says_so(stored_room, capsys, tmp_path):
     picture = tmp_path / "room.png"
     found = inspected(capsys, str(stored_room), "--picture", str(picture))
-    assert found["kind"] == "dataset" and found["problems"] == []
+    assert found["kind"] == "dataset" and found["problems"] == [] and found["dark_frame"] is None
     assert found["pose_check"]["verdict"] == "poses and calibration fit the images"
     assert found["stored"]["sizes"] == {"96x72": 32} and found["unit"] == "m"
     assert "triangulated" in found["frame"] and found["images"]["n_checked"] == 32
     image = cv2.imread(str(picture))
     assert image.shape[1] == 1200 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
+
+
+def test_a_dark_frame_is_reported_with_its_widths(tmp_path, capsys):
+    room = load_room(n_train=12, n_val=2, n_test=2, n_unlabelled=0, width=96, height=72)
+    images = torch.stack([room.images[view] for view in range(room.n_views)])
+    images[:, :2], images[:, :, -1:] = 0, 0
+    found = inspected(capsys, str(store(replace(room, images=ImageStack.of(images)), tmp_path)), "--fast")
+    dark = found["dark_frame"]
+    assert dark["top"] in (2, 3) and dark["right"] in (1, 2) and (dark["bottom"], dark["left"]) == (0, 0)
+    assert (dark["image_width"], dark["image_height"]) == (96, 72)
+    assert any("dark frame" in problem for problem in found["problems"])
 
 
 def test_poses_in_the_wrong_axes_are_reported_with_the_right_ones(stored_room, tmp_path, capsys):

@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from posemap_fast.bench.apart import run_family_apart
 from posemap_fast.bench.case import REPEATED, suite_names
 from posemap_fast.bench.compare import changes, slower, with_baseline
 from posemap_fast.bench.machine import describe_machine
 from posemap_fast.bench.passes import best_of
 from posemap_fast.bench.report import print_changes, print_report, write_history
-from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
+from posemap_fast.bench.runner import Options, Outcome
 from posemap_fast.bench.schema import SCHEMA, problems, read_report
 from posemap_fast.bench.suites import FAMILIES
 from posemap_fast.errors import ConfigError, PosemapError
@@ -92,11 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help="further passes that would end later are left out (default: %(default)g)",
     )
-    parser.add_argument("--family", help=argparse.SUPPRESS)  # the five of a child process
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--verified", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)  # tiny sizes of a suite
     return parser
 
 
@@ -126,12 +123,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         return 0
     if options.history:
         return _history(options, console)
-    how = _options(options)
-    if options.family:
-        outcome = run_family(options.family, how)
-        write_text(options.rows, json.dumps(vars(outcome)))
-        return 0
-    return _measure(options, how, console)
+    return _measure(options, _options(options), console)
 
 
 def _history(options: argparse.Namespace, console: Console) -> int:
@@ -161,9 +153,7 @@ def _options(options: argparse.Namespace) -> Options:
         seconds=options.seconds,
         is_smoke=is_smoke,
         only=options.only,
-        is_verified=options.verified,
         profile=options.profile,
-        work=options.work,
     )
 
 

@@ -1,19 +1,9 @@
-"""Runs families, each in a process of its own, and makes the rows of the report.
-
-What earlier cases left of the heap changes how long a case takes (large tensors land in holes instead of fresh pages),
-so the order of the families must not matter. For the same reason the C library's thresholds are set to what they grow
-to by themselves in a program with large tensors: when they do depends on the order of its frees.
-"""
+"""Runs a family in this process, and makes the rows of the report."""
 
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +15,7 @@ from posemap_fast.bench.case import FAMILIES, BenchContext, Comparison, Skipped
 from posemap_fast.bench.timing import Times, peak_memory_mib, time_by_turns
 from posemap_fast.errors import PosemapError
 
-__all__ = ["Options", "Outcome", "run_family", "run_family_apart"]
-
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}  # mallopt(3)
+__all__ = ["Options", "Outcome", "run_family"]
 
 _FURTHER_REPEATS = 3  # timed runs per side, at least, in a pass that is not the first
 
@@ -145,23 +133,3 @@ def _profile(case: Comparison, device: torch.device, folder: Path) -> None:
     with torch.profiler.profile(activities=kinds, record_shapes=True) as trace:
         case.run()
     trace.export_chrome_trace(str(folder / f"{case.name.replace('/', '_')}.json"))
-
-
-def run_family_apart(name: str, options: Options) -> Outcome:
-    """`run_family` in a new process.
-
-    A family that ends its process has failed; its rows so far are lost.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "posemap_fast.bench", "--family", name, "--rows", str(report)]
-        command += ["--device", options.device, "--threads", str(options.threads), "--only", options.only]
-        command += ["--seconds", str(options.seconds), *(["--smoke"] if options.is_smoke else [])]
-        command += ["--verified"] if options.is_verified else []
-        command += ["--profile", str(options.profile)] if options.profile else []
-        command += ["--work", str(options.work)] if options.work else []
-        result = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=_MALLOC | dict(os.environ))
-        if not report.exists():
-            last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-            return Outcome([], [], [{"case": name, "reason": last}])
-        return Outcome(**json.loads(report.read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ __all__ = ["Times", "peak_memory_mib", "time_by_turns"]
 _MAX_ROUNDS = 100
 _MAX_PER_ROUND = 10  # runs of a fast side for each run of a slow one
 _SLOW_ROUND_MS, _MIN_SLOW_ROUNDS = 1500.0, 3
-_MAX_PER_SLOW_ROUND, _SLOW_SHARE_MS = 3, 500.0  # of a side
+_MAX_PER_SLOW_ROUND, _SLOW_SHARE_MS = 3, 1000.0  # of a side
 _VERY_SLOW_ROUND_MS, _MIN_VERY_SLOW_ROUNDS = 4000.0, 2
 _WARM_MS = 1000.0  # a run as long as this needs no other to warm up
 
@@ -55,7 +55,7 @@ def time_by_turns(
 
     Every side runs once to warm up; on a CPU a run of more than a second counts. A side that is much faster than the
     slowest runs up to ten times per turn, so that its median is as good as the other; where a turn is slow, up to three
-    times within half a second.
+    times within a second.
 
     Args:
         seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow, two

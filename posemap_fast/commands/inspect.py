@@ -27,7 +27,8 @@ Say what a file or dataset is and whether it is whole: a scene map, a localizer,
 Of a dataset it prints, as JSON: views per split and frames left out, stored sizes and cameras, whether the poses are
 rigid and fit the images (epipolar distances of matches, also for other conventions and focal lengths), the extent of
 the cameras, how far the test views are from the training views, damaged, doubled, blurred, black and blown-out
-images, the automatic scene box, and under `problems` one sentence for each finding that deserves a look.
+images, a dark frame around them, the automatic scene box, and under `problems` one sentence for each finding that
+deserves a look.
 """
 _EXAMPLE = """\
 examples:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from posemap_fast.data.auto_frame import FrameEstimate, estimate_frame
+from posemap_fast.data.border import find_border
 from posemap_fast.data.capture import PARSERS, Capture, Frame, parse_capture, scene_of, shared_camera
 from posemap_fast.data.epipolar import GOOD, check_poses
 from posemap_fast.data.image_checks import ImageFacts, describe_images, measure_images
@@ -125,6 +126,15 @@ def _estimate(scene: Callable[[], Scene]) -> tuple[Scene | None, FrameEstimate |
     return loaded, estimate, f"{estimate.rule}; from {len(loaded.views('train'))} training views"
 
 
+def _dark_frame(scene: Scene | None) -> dict[str, Any] | None:
+    """Of the training images, in pixels of the size that is told; None where there is none."""
+    if scene is None:
+        return None
+    border = find_border(scene.images.select(torch.tensor(scene.views("train"), dtype=torch.long)))
+    size = {"image_width": scene.camera.width, "image_height": scene.camera.height}
+    return {**border._asdict(), **size} if any(border) else None
+
+
 def _check_training_poses(views: _Views, damaged: Sequence[int]) -> dict[str, Any]:
     train = [view for view in views.splits["train"] if view not in set(damaged)]
     cameras = [views.lenses[view].camera for view in train]
@@ -156,6 +166,8 @@ def _problems(description: Mapping[str, Any]) -> list[str]:
     ]
     found = [] if check["verdict"] == GOOD else [check["verdict"]]
     found += [f"{count} {what}" for count, what in counts if count]
+    if description["dark_frame"]:
+        found.append("a dark frame around the images, as undistortion leaves: the map does not learn it")
     return found + [f"{count} frame(s) left out: {reason}" for reason, count in description["skipped"].items()]
 
 
@@ -215,6 +227,7 @@ def _report(
         "pose_check": _check_training_poses(views, damaged),
         "test_to_nearest_train": nearest_training_views(views.names, views.c2w, views.splits),
         "frame": frame,
+        "dark_frame": _dark_frame(scene),
         "fingerprint": scene.fingerprint if scene is not None and is_whole else None,
     }
     if facts is not None:

@@ -144,26 +144,6 @@ def test_a_sleep_in_an_op_is_found_against_the_baseline(monkeypatch, tmp_path: P
     assert smoke("compact/*", "--baseline", str(after), *words[:2]) == 0  # faster is no fault
 
 
-def test_a_family_in_a_process_of_its_own(tmp_path: Path) -> None:
-    file = tmp_path / "report.json"
-    words = [
-        "--suite",
-        "smoke",
-        "--only",
-        "sh_encode/forward/*",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--seconds",
-        "0.01",
-    ]
-    command = [sys.executable, "-m", "posemap_fast.bench", "--family", "ops/sh_encode", "--rows", str(file), *words]
-    assert subprocess.run(command, check=False, timeout=300).returncode == 0
-    outcome = json.loads(file.read_text())
-    assert [row["case"] for row in outcome["rows"]] == ["sh_encode/forward/smoke"]
-
-
 def test_a_case_that_cannot_run_here_is_named_with_its_reason(families: Registry, tmp_path: Path, capsys) -> None:
     def family(context: BenchContext):
         yield Skipped("needs a GPU", "torch sees none")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from posemap_fast.bench import cli, timing
 from posemap_fast.bench.case import BenchContext, Comparison
 from posemap_fast.bench.passes import best_of
-from posemap_fast.bench.runner import Options, Outcome, run_family, run_family_apart
+from posemap_fast.bench.runner import Options, Outcome, run_family
 from posemap_fast.bench.schema import read_report
 from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.registry import Registry
@@ -152,20 +150,3 @@ def test_every_side_has_a_time_when_the_first_run_has_used_up_the_time(monkeypat
     monkeypatch.setattr(timing, "_host_ms", lambda run: next(taken))
     slow, others = time_by_turns(lambda: None, {"fast": lambda: None}, torch.device("cpu"), seconds=0, min_repeats=1)
     assert slow.ms == (2000.0, 1900.0) and others["fast"].ms == (6.0,) * 3
-
-
-@pytest.mark.parametrize("own", [None, "65536"])
-def test_processes_have_fixed_thresholds_of_malloc_unless_the_user_has(own, monkeypatch) -> None:
-    seen: dict[str, str] = {}
-
-    def run(command, **options):
-        seen.update(options["env"])
-        return subprocess.CompletedProcess(command, 1, stderr="it ended")
-
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    if own:
-        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", own)
-    monkeypatch.setattr(subprocess, "run", run)
-    outcome = run_family_apart("ops/compact", Options("cpu", 1))
-    assert outcome.failed == [{"case": "ops/compact", "reason": "it ended"}]
-    assert seen["MALLOC_MMAP_THRESHOLD_"] == (own or str(32 << 20)) and seen["PATH"] == os.environ["PATH"]
