@@ -14,10 +14,11 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from posemap_fast.bench.runner import Options, Outcome, run_family
@@ -39,18 +40,27 @@ def run_family_apart(name: str, options: Options, run: _Run = run_family) -> Out
         report, errors = Path(folder) / "rows.json", Path(folder) / "errors.txt"
         process = _context().Process(target=_report, args=(run, name, options, report, errors))
         process.start()
-        process.join()
+        try:
+            process.join()
+        except BaseException:  # interrupted: it would be waited for when this process ends
+            process.kill()
+            raise
         if report.exists():
             return Outcome(**json.loads(report.read_text(encoding="utf-8")))
-        told = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.exists() else []
-        return Outcome([], [], [{"case": name, "reason": (told or [f"exit code {process.exitcode}"])[-1]}])
+        return Outcome([], [], [{"case": name, "reason": _reason(process.exitcode or 0, errors)}])
+
+
+def _reason(exitcode: int, errors: Path) -> str:
+    """Why a process ended: a signal, else the last line that it complained in."""
+    if exitcode < 0:
+        return f"ended by {signal.Signals(-exitcode).name}; the system's log may say why (memory?)"
+    told = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() if errors.exists() else []
+    return (told or [f"exit code {exitcode}"])[-1]
 
 
 @functools.cache
-def _context() -> ForkServerContext | SpawnContext:
-    """With the server started, whose C library reads its thresholds when it starts; on Windows there is none."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
+def _context() -> ForkServerContext:
+    """With the server started, whose C library reads its thresholds when it starts."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(_IMPORTED)
     added = _MALLOC.keys() - os.environ.keys()  # the user's own settings win

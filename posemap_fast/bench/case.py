@@ -85,6 +85,9 @@ class Comparison:
     measured_ms: float | None = None
     measured_peers_ms: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        assert not (self.peers if self.measured_ms is not None else self.measured_peers_ms), self.name
+
 
 @dataclass(frozen=True)
 class Skipped:

@@ -158,7 +158,7 @@ def _options(options: argparse.Namespace) -> Options:
 
 
 def _n_passes(wanted: int, how: Options) -> int:
-    """Over the suites that are repeated."""
+    """Over the suites and families that are repeated."""
     if how.is_smoke:
         return 1
     return wanted or (_CPU_PASSES if how.device == "cpu" else 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.environment import gather_environment
 from posemap_fast.results import git_commit, shown_arguments
 
-__all__ = ["YARDSTICK", "describe_machine", "measure_ceilings", "yardstick_ms"]
+__all__ = ["YARDSTICK", "describe_machine", "measure_ceilings", "yardstick"]
 
 _COPY_BYTES = 1 << 28  # far beyond any cache
 _GEMM_SIDE = 2048
@@ -35,9 +37,17 @@ def measure_ceilings(device: torch.device, is_smoke: bool = False) -> dict[str, 
     }
 
 
-def yardstick_ms(device: torch.device, is_smoke: bool = False) -> float:
-    """How long `YARDSTICK` would take at the speed that the machine has now: to be asked before and after the work."""
-    return 1e3 * _YARDSTICK_FLOPS / _product_flops_per_s(device, is_smoke, seconds=0.05 if is_smoke else 0.5)
+@contextlib.contextmanager
+def yardstick(device: torch.device, is_smoke: bool = False) -> Iterator[dict[str, float]]:
+    """What is done meanwhile gets a peer: `YARDSTICK` -> ms that it would take at the machine's speed before and after.
+
+    The dictionary is filled at the end.
+    """
+    seconds, found = 0.05 if is_smoke else 0.5, dict[str, float]()
+    before = _product_flops_per_s(device, is_smoke, seconds)
+    yield found
+    after = _product_flops_per_s(device, is_smoke, seconds)
+    found[YARDSTICK] = 1e3 * _YARDSTICK_FLOPS * (1 / before + 1 / after) / 2
 
 
 def _product_flops_per_s(device: torch.device, is_smoke: bool, seconds: float) -> float:

@@ -1,8 +1,7 @@
 """A map of the scene `room` from a fraction of the preset's training: its occupancy grid starts near the surfaces.
 
-Most of stage 1 is spent on finding out what is empty. A benchmark needs a map whose rays march as many samples as those
-of the preset `cpu`, and the room's surfaces are known: rays of the map march 19 samples and see 12 of them, where those
-of the preset's whole schedule march 21 and see 9.
+Most of stage 1 is spent on finding out what is empty. A benchmark needs a map whose rays march about as many samples as
+those of the preset `cpu`, and the room's surfaces are known.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SHORT = (
     "render.occupancy.update_every=8",
     "render.occupancy.decay=0.8",
 )
-"""Overrides of the preset `cpu` that are enough then: ten seconds on two CPU cores."""
+"""Overrides of the preset `cpu` that are enough then."""
 _SHELL = 1.75  # cells of the occupancy grid around the true surfaces that may be occupied
 
 

@@ -53,9 +53,9 @@ def time_by_turns(
 ) -> tuple[Times, dict[str, Times]]:
     """Time our side and every peer in turn, so that a change of the machine's load meets all of them.
 
-    Every side runs once to warm up; on a CPU a run of more than a second counts. A side that is much faster than the
-    slowest runs up to ten times per turn, so that its median is as good as the other; where a turn is slow, up to three
-    times within a second.
+    Every side runs twice to warm up, once where that takes a second. A side that is much faster than the slowest runs
+    up to ten times per turn, so that its median is as good as the other. Where a turn is slow it runs up to three times
+    within a second, and on a CPU the last run of each side's warming up is the first turn.
 
     Args:
         seconds: to spend, all sides together; `min_repeats` turns are made in any case, three where one is slow, two
@@ -64,19 +64,21 @@ def time_by_turns(
     sides = [run, *peers.values()]
     clock = _cuda_ms if device.type == "cuda" else _host_ms
     first = [clock(side) for side in sides]
-    is_warm = device.type != "cuda"  # there a first run may be long because it loads kernels
-    found = [[ms] if is_warm and ms >= _WARM_MS else [] for ms in first]
-    first = [before if before >= _WARM_MS else min(before, clock(s)) for before, s in zip(first, sides, strict=True)]
+    last = [ms if ms >= _WARM_MS else clock(side) for ms, side in zip(first, sides, strict=True)]
+    first = [min(pair) for pair in zip(first, last, strict=True)]
+    found: list[list[float]] = [[] for _ in sides]
     per_turn = [_fit(max(first), ms, _MAX_PER_ROUND) for ms in first]
     if sum(n * ms for n, ms in zip(per_turn, first, strict=True)) > _SLOW_ROUND_MS:
         per_turn = [
             min(n, _fit(_SLOW_SHARE_MS, ms, _MAX_PER_SLOW_ROUND)) for n, ms in zip(per_turn, first, strict=True)
         ]
         min_repeats = min(min_repeats, _MIN_VERY_SLOW_ROUNDS if sum(first) > _VERY_SLOW_ROUND_MS else _MIN_SLOW_ROUNDS)
+        if device.type != "cuda":  # there a first run may be long because it loads kernels
+            found = [[ms] for ms in last]
     end = time.perf_counter() + seconds
     gc.collect()
     for turn in range(int(any(found)), _MAX_ROUNDS):
-        if turn >= min_repeats and all(found) and time.perf_counter() >= end:
+        if turn >= min_repeats and time.perf_counter() >= end:
             break
         for side, values, n in zip(sides, found, per_turn, strict=True):
             values.extend(clock(side) for _ in range(n))

@@ -44,8 +44,11 @@ def find_border(images: ImageStack) -> Border:
     if len(images) < _LEAST:
         return NO_BORDER
     some = torch.arange(0, len(images), max(1, len(images) // _MOST), device=images.device)
-    grey = images.batch(some).float().mean(dim=-1)  # (m, H, W)
-    rows, cols = grey.mean(dim=2), grey.mean(dim=1)
+    lines = []
+    for one in some.split(1):  # images may be large
+        grey = images.batch(one)[0].float().mean(dim=-1)  # (H, W)
+        lines.append((grey.mean(dim=1), grey.mean(dim=0)))
+    rows, cols = (torch.stack(sides) for sides in zip(*lines, strict=True))
     return Border(*(_width(sides) for sides in (rows, rows.flip(1), cols, cols.flip(1))))
 
 

@@ -127,7 +127,7 @@ def _estimate(scene: Callable[[], Scene]) -> tuple[Scene | None, FrameEstimate |
 
 
 def _dark_frame(scene: Scene | None) -> dict[str, Any] | None:
-    """Of the training images, in pixels of the size that is told; None where there is none."""
+    """Of the training images, in pixels of the size that is told; None where none was found, or no scene frame."""
     if scene is None:
         return None
     border = find_border(scene.images.select(torch.tensor(scene.views("train"), dtype=torch.long)))
@@ -167,7 +167,9 @@ def _problems(description: Mapping[str, Any]) -> list[str]:
     found = [] if check["verdict"] == GOOD else [check["verdict"]]
     found += [f"{count} {what}" for count, what in counts if count]
     if description["dark_frame"]:
-        found.append("a dark frame around the images, as undistortion leaves: the map does not learn it")
+        found.append(
+            "a dark frame around the images, as undistortion leaves (where it shows at the map's size, left out)"
+        )
     return found + [f"{count} frame(s) left out: {reason}" for reason, count in description["skipped"].items()]
 
 

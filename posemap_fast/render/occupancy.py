@@ -77,7 +77,7 @@ class OccupancyGrid(nn.Module):
     def restrict(self, is_visible: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Mark cells whose centre fails `is_visible` ((n, 3) in the unit cube -> (n,) bool) as empty for good."""
         parts = [is_visible(self.cell_centers(cells)) for cells in self._all_cells().split(_CHUNK)]
-        self.visible.copy_(torch.cat(parts))
+        self.visible &= torch.cat(parts)
         self.bitfield.copy_(pack_bits(self.visible.float(), 0.5))
 
     def keep_only(self, cells: torch.Tensor) -> None:

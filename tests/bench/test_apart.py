@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
+from multiprocessing.process import BaseProcess
 
 import pytest
 
@@ -11,6 +14,7 @@ from posemap_fast.bench import apart
 from posemap_fast.bench.apart import run_family_apart
 from posemap_fast.bench.runner import Options, Outcome
 
+THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 SMOKE = Options("cpu", 1, seconds=0.01, is_smoke=True)
 
 
@@ -20,13 +24,20 @@ def complains(name: str, options: Options) -> Outcome:
 
 
 def is_killed(name: str, options: Options) -> Outcome:
-    os.kill(os.getpid(), 9)
+    print("warned before", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+def sleeps(name: str, options: Options) -> Outcome:
+    time.sleep(600)
+    return Outcome([], [], [])
 
 
 def tells(name: str, options: Options) -> Outcome:
     """Where it runs, and with what."""
-    return Outcome([{"pid": os.getpid(), "has_cli": "posemap_fast.bench.cli" in sys.modules}], [], [])
+    found = {"pid": os.getpid(), "has_cli": "posemap_fast.bench.cli" in sys.modules}
+    return Outcome([found | {key: os.environ.get(key) for key in THRESHOLDS}], [], [])
 
 
 def test_a_family_runs_with_its_options() -> None:
@@ -36,17 +47,32 @@ def test_a_family_runs_with_its_options() -> None:
 
 def test_a_family_that_ends_its_process_has_failed_and_says_why() -> None:
     assert run_family_apart("a", SMOKE, complains).failed == [{"case": "a", "reason": "RuntimeError: out of luck"}]
-    assert run_family_apart("a", SMOKE, is_killed).failed == [{"case": "a", "reason": "exit code -9"}]
+    assert "ended by SIGKILL" in run_family_apart("a", SMOKE, is_killed).failed[0]["reason"]
 
 
 def test_processes_are_new_and_have_everything_imported() -> None:
     (one,), (two,) = (run_family_apart("a", SMOKE, tells).rows for _ in range(2))
     assert len({one["pid"], two["pid"], os.getpid()}) == 3 and one["has_cli"]
+    assert all(one[key] is not None and two[key] == one[key] for key in THRESHOLDS)
+
+
+def test_an_interrupted_run_does_not_wait_for_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[BaseProcess] = []
+
+    def interrupted(process: BaseProcess) -> None:
+        started.append(process)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BaseProcess, "join", interrupted)
+        run_family_apart("a", SMOKE, sleeps)
+    started[0].join(timeout=30)
+    assert started[0].exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("own", [None, "65536"])
 def test_they_start_with_fixed_thresholds_of_malloc_unless_the_user_has(own, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"
+    first, second = THRESHOLDS
     seen: dict[str, str] = {}
     monkeypatch.delenv(first, raising=False)
     monkeypatch.delenv(second, raising=False)

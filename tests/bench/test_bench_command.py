@@ -178,6 +178,13 @@ def test_measured_times_have_peers_that_were_measured_beside_them(families: Regi
     assert (wrong["peer"], wrong["value"], wrong["ratio_to_reference"]) == ("yardstick", None, None)
 
 
+def test_a_case_is_timed_in_turn_or_measured_once() -> None:
+    with pytest.raises(AssertionError, match="mine"):
+        Comparison("mine", lambda: None, lambda: 0.0, 0.0, {"them": lambda: None}, measured_ms=1.0)
+    with pytest.raises(AssertionError, match="mine"):
+        Comparison("mine", lambda: None, lambda: 0.0, 0.0, measured_peers_ms={"them": 1.0})
+
+
 def test_peers_are_timed_in_turn_with_us(families: Registry) -> None:
     order: list[str] = []
 

@@ -14,7 +14,7 @@ from posemap_fast.ops.reference.fused_mlp import fused_mlp as reference_mlp
 from posemap_fast.seeding import step_generator
 
 F64_TOLERANCE = {"rtol": 1e-11, "atol": 1e-11}
-DIMS = [(16 + 32, 64, 64, 3), (15 + 20, 32, 7), (1 + 1, 16, 1), (3 + 17, 5), (7 + 1, 24, 80, 40, 5)]
+DIMS = [(16 + 32, 64, 64, 3), (15 + 20, 32, 7), (1 + 1, 16, 1), (3 + 17, 5), (16 + 32, 16), (7 + 1, 24, 80, 40, 5)]
 SPLIT = {48: 32, 35: 20, 2: 1, 20: 17, 8: 1}  # first width -> width of the second part
 
 

@@ -46,6 +46,15 @@ def test_restricted_cells_stay_empty_whatever_the_density() -> None:
     assert occupancy.occupied_fraction() == 1.0
 
 
+def test_what_was_restricted_stays_so_when_more_is() -> None:
+    occupancy = grid()
+    occupancy.restrict(lambda x: x[:, 2] < 0.5)
+    occupancy.restrict(lambda x: x[:, 1] < 0.5)
+    points = torch.rand(500, 3, generator=generator())
+    clear = ((points[:, 1:] - 0.5).abs() > 1 / 16).all(dim=1)
+    assert torch.equal(occupancy.is_occupied(points)[clear], (points[:, 1:] < 0.5).all(dim=1)[clear])
+
+
 def test_matter_that_vanished_is_forgotten() -> None:
     occupancy = grid(warmup=1)
     occupancy.update(0, lambda x: torch.full((x.shape[0],), 1e3), generator())
