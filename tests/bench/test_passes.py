@@ -117,7 +117,8 @@ def test_further_passes_that_would_end_too_late_are_left_out_and_told(monkeypatc
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
     cli._run_families(["ops/a", "ops/b", "train/a"], Options("cpu", 1), 3, seconds=85.0)
     assert tried == ["ops/a", "ops/b", "train/a", "ops/a"]  # begun 70 s after the start; the next would end at 100
-    assert "3 further passes" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "3 further passes" in told and told.count("10.0 s  ops/a") == 2
     tried.clear()
     cli._run_families(["ops/a", "train/a"], Options("cpu", 1), 2, seconds=0.0)
     assert tried == ["ops/a", "train/a"]  # the first pass is always made
