@@ -24,14 +24,9 @@ int forward(const Input<T>& input, const T* params, const int64_t* dims, int64_t
   for (int64_t block = 0; block < n_blocks; ++block) {
     T *next = scratch.get() + 2 * buffer * omp_get_thread_num(), *other = next + buffer;
     const int64_t row = block * kBlock, count = std::min(kBlock, n - row), last = layout.width(n_layers);
-    const bool in_place = is_block(target, row, dims[n_layers], last);
-    const T* now = work.load(row, count, other);
-    for (int64_t l = 0; l < n_layers; ++l, std::swap(next, other)) {
-      if (in_place && l + 1 == n_layers) next = out + row * last;
-      work.forward_layer(l, row, count, now, next);
-      now = next;
-    }
-    if (!in_place) store_block(now, last, row, count, dims[n_layers], target);
+    T* in_place = is_block(target, row, dims[n_layers], last) ? out + row * last : nullptr;
+    const T* result = work.run(row, count, work.load(row, count, other), next, other, in_place);
+    if (in_place == nullptr) store_block(result, last, row, count, dims[n_layers], target);
   }
   return PMF_OK;
 }

@@ -131,6 +131,17 @@ struct Block {
       multiply<true, Store::kPlain>(product);
   }
 
+  // All layers on the rows `now`, through two buffers in turn, of which `other` may hold these rows; the output goes to
+  // `last` where that is not null. Returns where it lies; `next` is free then.
+  const T* run(int64_t row, int64_t count, const T* now, T*& next, T*& other, T* last = nullptr) const {
+    for (int64_t l = 0; l < layout.n_layers; ++l, std::swap(next, other)) {
+      T* out = last != nullptr && l + 1 == layout.n_layers ? last : next;
+      forward_layer(l, row, count, now, out);
+      now = out;
+    }
+    return now;
+  }
+
   // Hidden activations of a block with the input rows `in`: layer l's output at scratch + (l + 1) * buffer.
   void hidden(int64_t row, int64_t count, const T* in, T* scratch) const {
     const int64_t buffer = kBlock * layout.widest;

@@ -73,17 +73,10 @@ int forward(const Radiance<T>& in, const Outputs<T>& out, int64_t n_threads) {
   for (int64_t block = 0; block < n_blocks; ++block) {
     T *next = scratch.get() + 2 * buffer * omp_get_thread_num(), *other = next + buffer;
     const int64_t row = block * kBlock, count = std::min(kBlock, in.n - row);
-    const T* now = density_block.load(row, count, other);
-    const auto run = [&](const Block<T>& network) {
-      for (int64_t l = 0; l < network.layout.n_layers; ++l, std::swap(next, other)) {
-        network.forward_layer(l, row, count, now, next);
-        now = next;
-      }
-    };
-    run(density_block);
+    const T* now = density_block.run(row, count, density_block.load(row, count, other), next, other);
     store_block(now, density.width(density.n_layers), row, count, n_geo, Matrix<T>{out.geo, n_geo, 1});
     activate(in, now, density.width(density.n_layers), count, out.sigmas + row);
-    run(colour_block);
+    now = colour_block.run(row, count, now, next, other);
     store_block(now, colour.width(colour.n_layers), row, count, 3, Matrix<T>{out.rgb, 3, 1});
     logistic_array(out.rgb + 3 * row, 3 * count);
   }

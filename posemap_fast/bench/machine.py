@@ -43,7 +43,8 @@ def yardstick(device: torch.device, is_smoke: bool = False) -> Iterator[dict[str
 
     The dictionary is filled at the end.
     """
-    seconds, found = 0.05 if is_smoke else 0.5, dict[str, float]()
+    seconds = 0.05 if is_smoke else 0.5
+    found: dict[str, float] = {}
     before = _product_flops_per_s(device, is_smoke, seconds)
     yield found
     after = _product_flops_per_s(device, is_smoke, seconds)

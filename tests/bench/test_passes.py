@@ -142,7 +142,7 @@ def test_a_run_of_more_than_a_second_needs_no_warming_up(monkeypatch) -> None:
     assert others["fast"].ms == (4.0,) + (6.0,) * 6  # three runs in a long turn, the first of all to warm up
 
 
-def test_a_turn_of_seconds_comes_twice_and_runs_no_half_second_again(monkeypatch) -> None:
+def test_a_turn_of_seconds_comes_twice_and_sides_of_nearly_a_second_run_once_in_it(monkeypatch) -> None:
     times = {"ours": 50.0, "slow": 3600.0, "tuned": 900.0}
     monkeypatch.setattr(timing, "_host_ms", lambda run: times[run()])
     peers = {name: lambda name=name: name for name in ("slow", "tuned")}
