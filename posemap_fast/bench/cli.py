@@ -234,7 +234,8 @@ def _run_families(families: Sequence[str], how: Options, n_passes: int, seconds:
                 per_case = how.seconds / n_passes if name in repeated else how.seconds
                 outcomes[name] = _pass_over(name, replace(how, seconds=per_case), outcomes.get(name))
                 took[name] = time.monotonic() - start
-                progress.console.print(f"{took[name]:6.1f} s  {name}", highlight=False)
+                if outcomes[name].rows:  # else none of its cases is wanted, or can run here
+                    progress.console.print(f"{took[name]:6.1f} s  {name}", highlight=False)
             else:
                 n_left_out += 1
             progress.advance(task)
