@@ -23,6 +23,7 @@ from posemap_fast.optional import NERFACC, PYCOLMAP, TINYCUDANN, OptionalLibrary
 
 __all__ = ["GPU", "Component", "Environment", "gather_environment", "processor_name"]
 
+_VECTOR = re.compile(r"avx2|avx512f|avx512_(bf16|fp16|vnni)|amx_\w+|asimd|sve2?|(sve)?bf16")  # flags that decide speed
 _PROBE_SECONDS = 20  # a compiler or driver tool that does not answer by then counts as silent
 
 
@@ -52,6 +53,7 @@ class Environment:
     python: str
     platform: str
     processor: str
+    vector_extensions: tuple[str, ...]  # of the processor that speed depends on, by Linux' names; unknown elsewhere
     cores: int  # that this process may use
     torch: str
     threads: int  # that torch uses
@@ -78,6 +80,7 @@ def gather_environment() -> Environment:
         python=platform.python_version(),
         platform=platform.platform(),
         processor=processor_name(),
+        vector_extensions=tuple(sorted(filter(_VECTOR.fullmatch, _cpu_info("flags", "Features").split()))),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
@@ -96,11 +99,16 @@ def gather_environment() -> Environment:
 
 def processor_name() -> str:
     """Model of the processor."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(*keys: str) -> str:
+    """What Linux says of the first core under the first of the keys that it has; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(keys)), "")
 
 
 def _output_of(*command: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,32 @@ def test_everything_is_plain_data(here) -> None:
     values = json.loads(json.dumps(here.to_dict()))
     assert values["torch"] == torch.__version__ and values["cores"] >= 1
     assert set(values["native_cpu"]) == {"found", "problem", "mend"}
+
+
+@pytest.mark.parametrize(
+    ("told", "name", "extensions"),
+    [
+        (
+            "model name\t: A 9\nvmx flags\t: x\nflags\t\t: fpu avx2 avx512f amx_bf16 avx512dq\n",
+            "A 9",
+            "amx_bf16 avx2 avx512f",
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd sve bf16\n", None, "asimd bf16 sve"),
+        (None, None, ""),
+    ],
+)
+def test_processors_of_one_name_differ_in_their_vector_extensions(told, name, extensions, monkeypatch) -> None:
+    def read_text(path: Path, encoding: str) -> str:
+        if told is None:
+            raise FileNotFoundError(path)
+        return told
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(environment, "_native_cpu", Component)
+    monkeypatch.setattr(environment, "_native_cuda", Component)
+    found = gather_environment()
+    assert found.vector_extensions == tuple(extensions.split())
+    assert found.processor == name or (name is None and found.processor)
 
 
 def test_every_part_is_there_or_says_why_not(here) -> None:

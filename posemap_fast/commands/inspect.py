@@ -67,7 +67,7 @@ def _environment_rows(found: Environment) -> dict[str, Component]:
     return {
         "posemap_fast": Component(found.posemap_fast),
         "Python": Component(f"{found.python} on {found.platform}"),
-        "processor": Component(f"{found.processor}, {found.cores} cores"),
+        "processor": Component(", ".join([found.processor, f"{found.cores} cores", *found.vector_extensions])),
         "torch": Component(f"{found.torch}, {found.threads} threads"),
         "CUDA runtime": Component(found.cuda_runtime, None if found.cuda_runtime else "torch is a CPU build"),
         "CUDA driver": found.cuda_driver,
