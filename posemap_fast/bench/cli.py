@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from posemap_fast.bench.apart import run_family_apart
 from posemap_fast.bench.case import REPEATED, suite_names
 from posemap_fast.bench.compare import changes, slower, with_baseline
+from posemap_fast.bench.history import write_history
 from posemap_fast.bench.machine import describe_machine
 from posemap_fast.bench.passes import best_of
-from posemap_fast.bench.report import print_changes, print_report, write_history
+from posemap_fast.bench.report import print_changes, print_report
 from posemap_fast.bench.runner import Options, Outcome
 from posemap_fast.bench.schema import SCHEMA, problems, read_report
 from posemap_fast.bench.suites import FAMILIES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from posemap_fast.bench.timing import time_by_turns
 from posemap_fast.environment import gather_environment
 from posemap_fast.results import git_commit, shown_arguments
 
-__all__ = ["YARDSTICK", "describe_machine", "measure_ceilings", "yardstick"]
+__all__ = ["YARDSTICK", "describe_machine", "machine_name", "measure_ceilings", "yardstick"]
 
 _COPY_BYTES = 1 << 28  # far beyond any cache
 _GEMM_SIDE = 2048
@@ -77,3 +77,12 @@ def describe_machine(device: str, threads: int, is_smoke: bool) -> dict[str, Any
         "ceilings": measure_ceilings(torch.device(device), is_smoke),
         "environment": found,
     }
+
+
+def machine_name(about: Mapping[str, Any]) -> str:
+    """The machine of a report with this metadata, in words: ratios of two machines of one name may be compared."""
+    environment = about["environment"]
+    gpus = [gpu["name"] for gpu in environment.get("gpus", [])] if about["device"] == "cuda" else []
+    has_amx = any(name.startswith("amx") for name in environment.get("vector_extensions", []))
+    parts = [*gpus, environment.get("processor", ""), "AMX" if has_amx else "", f"{about['threads']} threads"]
+    return ", ".join(filter(None, parts))

@@ -1,21 +1,17 @@
-"""The printed table, and the plot of a machine's history."""
+"""The printed tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from posemap_fast.bench.compare import Change
+from posemap_fast.bench.machine import machine_name
 
-__all__ = ["print_changes", "print_report", "write_history"]
-
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#65a30d", "#be185d")
+__all__ = ["print_changes", "print_report"]
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -23,7 +19,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     about = report["metadata"]
     ceilings = about["ceilings"]
     console.print(
-        f"{about['environment']['processor']}, {about['threads']} threads, device {about['device']}, torch "
+        f"{machine_name(about)}, device {about['device']}, torch "
         f"{about['environment']['torch']}, commit {about['commit']}, load {about['load_1min']:.2f}; ceilings: copy "
         f"{ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 product {ceilings['gemm_flops_per_s'] / 1e9:.0f} "
         "GFLOP/s"
@@ -86,27 +82,6 @@ def print_changes(found: Sequence[Change], tolerance: float, console: Console) -
     console.print(table)
     same = sum(1 / (1 + tolerance) <= change.ratio <= 1 + tolerance for change in found)
     console.print(f"{same} of {len(found)} cases differ by {100 * tolerance:.0f} % or less")
-
-
-def write_history(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A plot of the ratios to the peers over the reports' dates, one line per case; the suffix chooses the format."""
-    ordered = sorted(reports, key=lambda report: report["metadata"]["date"])
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for k, report in enumerate(ordered):
-        for row in report["results"]:
-            if row["ratio_to_reference"]:
-                lines.setdefault(f"{row['case']} vs {row['peer']}", []).append((k, row["ratio_to_reference"]))
-    with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "svg.hashsalt": "posemap_fast"}):
-        figure = Figure(figsize=(11, 2 + 0.16 * len(lines)), layout="constrained")
-        axes = figure.add_subplot()
-        for i, (name, points) in enumerate(sorted(lines.items())):
-            style = "-" if i // len(_COLOURS) % 2 == 0 else "--"
-            axes.plot(*zip(*points, strict=True), style, marker="o", color=_COLOURS[i % len(_COLOURS)], label=name)
-        axes.set(yscale="log", ylabel="speed over the peer's")
-        labels = [f"{r['metadata']['date'][:10]}\n{r['metadata']['commit'][:12]}" for r in ordered]
-        axes.set_xticks(range(len(ordered)), labels)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6)
-        figure.savefig(path)
 
 
 def _ms(value: float) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from posemap_fast import ops
 from posemap_fast.bench import cli
@@ -252,6 +254,21 @@ def test_reports_can_be_compared_and_plotted(stored: Path, tmp_path: Path, capsy
     plot = tmp_path / "history.svg"
     assert bench("--history", str(tmp_path), "--plot", str(plot)) == 0
     assert "<svg" in plot.read_text()
+
+
+def test_a_line_of_the_history_ends_with_its_machine(stored: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.json").write_text(stored.read_text())
+    report = json.loads(stored.read_text())
+    report["metadata"]["environment"]["vector_extensions"] = ["amx_tile"]
+    (tmp_path / "b.json").write_text(json.dumps(report))
+    drawn: list[list[float]] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *args, **kw: drawn.append(list(x)) or plot(self, x, *args, **kw))
+    titles: list[str] = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text: titles.append(text))
+    assert bench("--history", str(tmp_path), "--plot", str(tmp_path / "history.svg")) == 0
+    assert sorted(x for line in drawn for x in line) == [0, 1] and all(len(line) == 1 for line in drawn)
+    assert "A: " in titles[0] and ", AMX, " in titles[0]
 
 
 def test_the_list_says_what_each_family_measures(capsys) -> None:
