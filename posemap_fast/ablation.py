@@ -30,8 +30,9 @@ from posemap_fast.eval import nearest_views, outlier_order, pose_errors
 from posemap_fast.experiment import DataConfig, ExperimentConfig, load_experiment
 from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
-from posemap_fast.localize import SceneMap
+from posemap_fast.localize import REFINEMENT, MapRefiner, SceneMap
 from posemap_fast.progress import ProgressMeter
+from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
 from posemap_fast.results import environment, git_commit, model_errors, reliability_of, render_test_views
 from posemap_fast.stages import SceneStages, read_scene
 from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
@@ -49,6 +50,7 @@ class AblationRow:
 
     set: tuple[str, ...] = ()  # overrides, as given to --set
     align: Literal["", "inductive", "transductive"] = ""  # also align the network, and score that
+    refine: bool = False  # also correct the answers (those of the aligned network, if any) by the map, and score that
     note: str = ""  # printed beside the row
 
 
@@ -150,7 +152,8 @@ class _SceneRunner:
 
     def run(self, name: str, row: AblationRow, config: ExperimentConfig) -> list[RowResult]:
         """Results of a row: of the network, and of the aligned one where the row asks for it."""
-        further = {"align": row.align} | ({"intervals": True} if self.intervals else {})
+        further: dict[str, Any] = {"align": row.align}
+        further |= {key: True for key, wanted in (("intervals", self.intervals), ("refine", row.refine)) if wanted}
         stored = self._stored(name, config, further, lambda: self._train_row(name, row, config))
         return [RowResult(**entry) for entry in stored["results"]]
 
@@ -252,6 +255,9 @@ class _SceneRunner:
             if has_unlabelled:
                 label = f"{name}, aligned, on the unlabelled frames"
                 entries.append(self._score(label, aligned, stages, 0.0, "unlabelled"))
+        if row.refine:
+            label = f"{name}, aligned, refined" if row.align else f"{name}, refined"
+            entries.append(self._refined(label, aligned if row.align else net, stages, scene_map))
         extra = {"map": key, "map_seconds": {k: round(v, 1) for k, v in stages.seconds.items() if k in _MAP_PARTS}}
         return extra | {"results": [*self._baselines(stages), *entries]} | _origin()
 
@@ -286,6 +292,16 @@ class _SceneRunner:
         model, calibration = model_errors(net, stages.views, stages.unseen_views(online, net.config.input_size))
         trust = reliability_of(net, model, calibration, stages.views["test"])
         return {"trust": {key: found.to_dict() for key, found in trust.items()}}
+
+    def _refined(self, name: str, net: APRNet, stages: SceneStages, scene_map: SceneMap) -> dict[str, Any]:
+        """The answers of a network, corrected by the map."""
+        refiner, scene = MapRefiner(scene_map, REFINEMENT), stages.scene
+        validation, test = (PosedImages.of(scene, split) for split in ("val", "test"))
+        errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
+        score = score_refined(refiner, net, test, errors, self.meter)
+        trust = {key: found.to_dict() for key, found in score.reliability.items()} if self.intervals else None
+        entry = self._entry(name, score.c2w, scene, score.ms_per_image * len(test.images) / 1000)
+        return entry | ({"trust": trust} if trust else {})
 
     def _baselines(self, stages: SceneStages) -> list[dict[str, Any]]:
         scene, views = stages.scene, stages.views

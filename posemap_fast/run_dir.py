@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from posemap_fast.config import diff, to_dict
+from posemap_fast.config import diff, from_dict, to_dict
 from posemap_fast.errors import ConfigError
 from posemap_fast.experiment import ExperimentConfig
 from posemap_fast.files import write_text
@@ -46,10 +46,25 @@ class RunDirectory:
         self.summary_file = root / "summary.json"
         self.map_file = root / "scene.map"
         self.localizer_file = root / "localizer.pmnet"
+        self.refined_file = root / "refined.json"
         self.report_file = root / "report.html"
         self.metrics_file = root / "metrics.jsonl"
         self.log_file = root / "log.txt"
         self._check_identity()
+
+    @classmethod
+    def open(cls, root: Path) -> RunDirectory:
+        """The run that a directory holds.
+
+        Raises:
+            ConfigError: it holds none, or one whose configuration this program does not know.
+        """
+        path = root / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{root}: not the directory of a run (no config.yaml)")
+        stored = _read(path)
+        config = from_dict(ExperimentConfig, stored["config"], str(path))
+        return cls(root, RunIdentity(stored["scene"], stored["preset"], stored["seed"], config))
 
     def checkpoint(self, name: str) -> Path:
         """File in checkpoints/."""
@@ -66,13 +81,7 @@ class RunDirectory:
     def _stored(self) -> dict[str, Any] | None:
         if not self.config_file.exists():
             return None
-        try:
-            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.config_file}: not readable as YAML; choose another --out") from error
-        if not isinstance(stored, dict) or "scene" not in stored:
-            raise ConfigError(f"{self.config_file}: not the config of a run; choose another --out")
-        return stored
+        return _read(self.config_file)
 
     def _check_identity(self) -> None:
         stored = self._stored()
@@ -120,3 +129,18 @@ class RunDirectory:
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         return handler
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of config.yaml.
+
+    Raises:
+        ConfigError: it is damaged, or not that of a run.
+    """
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML; choose another --out") from error
+    if not isinstance(stored, dict) or not {"scene", "preset", "seed", "config"} <= stored.keys():
+        raise ConfigError(f"{path}: not the config of a run; choose another --out")
+    return stored

@@ -17,6 +17,7 @@ from posemap_fast.ablation_results import RowResult
 from posemap_fast.cli import main
 from posemap_fast.commands import ablate as command
 from posemap_fast.errors import ConfigError, DatasetError
+from posemap_fast.render import ImagePoseConfig
 from posemap_fast.resources import resource_dir
 from posemap_fast.train import APRStage, random_views
 
@@ -140,6 +141,19 @@ def test_intervals_are_judged_before_and_after_alignment(finished: Finished, cop
     capsys.readouterr()
     error = failure(capsys, str(file), "--out", str(copy), "--rows", "full", "--quiet")  # made without them
     assert "full.json: was made with another intervals" in error
+
+
+def test_answers_that_the_map_corrects_are_scored_beside_the_others(finished, copy: Path, monkeypatch) -> None:
+    file = copy.parent / "refined.yaml"
+    file.write_text(
+        TEXT.replace("with stage 4: {align: transductive}", "with stage 4: {align: transductive, refine: true}")
+    )
+    monkeypatch.setattr(ablation, "REFINEMENT", ImagePoseConfig(steps=2, rows=8))
+    assert main(["ablate", str(file), "--out", str(copy), "--rows", "with stage 4", "--quiet"]) == 0
+    rows = [row["row"] for row in json.loads((copy / "results.json").read_text())["rows"]]
+    assert rows[-1] == "with stage 4, aligned, refined"
+    aligned, refined = (errors_of(copy, name, "with_stage_4") for name in ("with stage 4, aligned", rows[-1]))
+    assert len(refined[0]) == len(aligned[0]) and refined != aligned
 
 
 def test_rows_share_the_map_and_the_random_views(finished: Finished) -> None:

@@ -30,6 +30,7 @@ RANKS = {  # first part of the module's name below the package -> rank
             "experiment",
             "run_dir",
             "results",
+            "refinement",
             "pipeline",
             "stages",
             "ablation",

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,64 @@ def test_localize_prints_one_json_line_per_image(finished: Path, tmp_path: Path,
     rotation = torch.tensor(lines[0]["c2w"])[:3, :3]
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), atol=1e-4, rtol=0)
     assert lines[0]["c2w"] == lines[1]["c2w"] and lines[0]["sigma_t_m"] > 0
+
+
+REFINE = ("--steps", "3", "--rows", "8", "--quiet")
+
+
+@pytest.fixture
+def movable(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be written to."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_refined_answers_are_judged_and_then_carry_their_own_sigma(movable: Path, tmp_path: Path, capsys) -> None:
+    image = str(write_view(tmp_path))
+    assert main(["localize", str(movable), image]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main(["refine", str(movable), *REFINE]) == 0
+    assert "90th percentile of the surest half" in capsys.readouterr().out
+    stored = json.loads((movable / "refined.json").read_text())
+    assert (stored["config"]["steps"], stored["config"]["rows"], stored["n_val"]) == (3, 8, 16)
+    summary = json.loads((movable / "summary.json").read_text())
+    assert stored["test"]["network"]["median_t_m"] == pytest.approx(summary["aligned"]["median_t_m"], rel=1e-3)
+    assert stored["test"]["refined"]["n_test"] == 6
+    assert set(stored["test"]["uncertainty"]["t"]["coverage"]) == {"0.5", "0.68", "0.9"}
+    assert main(["localize", str(movable), image, image, "--refine"]) == 0
+    out = capsys.readouterr()
+    answers = [json.loads(line) for line in out.out.splitlines()]
+    assert out.err == "" and answers[0]["c2w"] == answers[1]["c2w"] != plain["c2w"]
+    assert answers[0]["sigma_t_m"] > 0 and answers[0]["sigma_r_deg"] > 0 and set(answers[0]) == set(plain)
+    moved = torch.tensor(answers[0]["t"]) - torch.tensor(plain["t"])
+    assert 0 < float(moved.norm()) < 0.1
+
+
+def test_refined_answers_that_nobody_judged_have_no_sigma(finished: Path, tmp_path: Path, capsys) -> None:
+    assert main(["localize", str(finished), str(write_view(tmp_path)), "--refine"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["sigma_t_m"] is None and "'posemap refine" in out.err
+
+
+def test_refining_needs_a_finished_run_its_scene_and_its_map(movable: Path, tmp_path: Path, capsys) -> None:
+    def failure(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    image = write_view(tmp_path)
+    assert "needs the map beside" in failure("localize", movable / "localizer.pmnet", image, "--refine")
+    assert "rows >= 4" in failure("refine", movable, "--rows", "2")
+    assert "no config.yaml" in failure("refine", tmp_path)
+    (movable / "refined.json").write_text('{"version": 7}')
+    assert "of version 7" in failure("localize", movable, image, "--refine")
+    (movable / "refined.json").write_text("[]")
+    assert "not what 'posemap refine' writes" in failure("localize", movable, image, "--refine")
+    config = (movable / "config.yaml").read_text()
+    (movable / "config.yaml").write_text(config.replace("fingerprint: ", "fingerprint: 0"))
+    assert "has changed since this run began" in failure("refine", movable, *REFINE)
+    (movable / "summary.json").unlink()
+    assert "not finished" in failure("refine", movable, *REFINE)
 
 
 def test_localizer_file_alone_is_enough(finished: Path, tmp_path: Path) -> None:

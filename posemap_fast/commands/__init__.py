@@ -8,6 +8,7 @@ from posemap_fast.commands import (  # registration
     import_dataset,
     inspect,
     localize,
+    refine,
     render,
     train,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "import_dataset",
     "inspect",
     "localize",
+    "refine",
     "render",
     "train",
 ]

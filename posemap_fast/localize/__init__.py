@@ -2,6 +2,25 @@
 
 from posemap_fast.localize.error_model import ErrorModel
 from posemap_fast.localize.localizer import Localizer, PoseAnswer, PoseRegressor, read_image
+from posemap_fast.localize.refined import (
+    REFINEMENT,
+    MapRefiner,
+    RefinedAnswers,
+    RefinedErrors,
+    RefinedRegressor,
+)
 from posemap_fast.localize.scene_map import SceneMap
 
-__all__ = ["ErrorModel", "Localizer", "PoseAnswer", "PoseRegressor", "SceneMap", "read_image"]
+__all__ = [
+    "REFINEMENT",
+    "ErrorModel",
+    "Localizer",
+    "MapRefiner",
+    "PoseAnswer",
+    "PoseRegressor",
+    "RefinedAnswers",
+    "RefinedErrors",
+    "RefinedRegressor",
+    "SceneMap",
+    "read_image",
+]

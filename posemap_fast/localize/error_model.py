@@ -26,6 +26,7 @@ from posemap_fast.geometry import rotation_angle_deg
 
 __all__ = ["ErrorModel"]
 
+_LEVEL = "0.68"  # that the sigma of an answer stands for
 _FLOOR = 0.02  # e: distances below it are all alike
 _MAX_SUPPORT = 1024  # training poses kept, evenly spread
 _CHUNK = 64  # poses compared with the training poses at a time
@@ -87,6 +88,23 @@ class ErrorModel:
     def sigma(self, c2w: torch.Tensor, head_c2w: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
         """(n, 2) expected errors of answers (n, 4, 4), before calibration: world units and degrees; on the CPU."""
         return (self._inputs(c2w, head_c2w, log_sigma) * self.weights).sum(dim=2).exp()
+
+    def first_sigma(
+        self,
+        factors: Mapping[str, Mapping[str, float]],
+        c2w: torch.Tensor,
+        head_c2w: torch.Tensor,
+        log_sigma: torch.Tensor,
+    ) -> tuple[float | None, float | None]:
+        """Sizes that 68 % of errors of the first answer are meant to stay below, in world units and degrees.
+
+        Args:
+            factors: of the calibration: `t`, `r` -> level, as text -> factor; None is told where that level is missing.
+            c2w, head_c2w, log_sigma: as of `sigma`, n >= 1.
+        """
+        expected = self.sigma(c2w[:1], head_c2w[:1], log_sigma[:1])[0].tolist()
+        t, r = (factors.get(key, {}).get(_LEVEL) for key in ("t", "r"))
+        return (None, None) if t is None or r is None else (t * expected[0], r * expected[1])
 
     def distances(self, c2w: torch.Tensor, head_c2w: torch.Tensor) -> torch.Tensor:
         """(n, 2) d_t and d_R of answers (n, 4, 4), for a head that said `head_c2w`: pose-frame units and radians."""

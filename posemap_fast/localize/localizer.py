@@ -22,7 +22,6 @@ __all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
 
 _VERSION = 3
 _SUPPORT = "errors.support"  # name of the training poses among the tensors
-_SIGMA_LEVEL = "0.68"  # of the calibration, that sigma stands for
 _ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
 
 
@@ -105,12 +104,10 @@ class PoseRegressor:
 
     def _sigma(self, output: APROutput) -> tuple[float | None, float | None]:
         """Calibrated expected errors of the first answer, in world units and degrees."""
-        calibration = self.metrics.get("calibration", {})
-        factors = [calibration.get(key, {}).get(_SIGMA_LEVEL) for key in ("t", "r")]
-        if self.errors is None or None in factors:
+        if self.errors is None:
             return None, None
-        t, r = self.errors.sigma(output.c2w[:1], output.head_c2w[:1], output.log_sigma[:1])[0].tolist()
-        return t * factors[0], r * factors[1]
+        factors = self.metrics.get("calibration", {})
+        return self.errors.first_sigma(factors, output.c2w, output.head_c2w, output.log_sigma)
 
     def save(self, path: str | Path, scene: str) -> None:
         """Write network, camera, frame, configuration and metrics atomically, with a checksum."""

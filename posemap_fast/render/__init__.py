@@ -2,6 +2,7 @@
 
 from posemap_fast.render import nerfacc_backend  # registration
 from posemap_fast.render.backends import RENDER_BACKENDS
+from posemap_fast.render.image_pose import ImagePoseConfig, RefinedPoses, refine_poses
 from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
 from posemap_fast.render.renderer import PoseField, RayOutput, RenderConfig, Renderer, Samples
 from posemap_fast.render.views import (
@@ -17,17 +18,20 @@ from posemap_fast.render.views import (
 __all__ = [
     "POSEMAP_STRIDE",
     "RENDER_BACKENDS",
+    "ImagePoseConfig",
     "OccupancyConfig",
     "OccupancyGrid",
     "PoseField",
     "PoseMapOutput",
     "RayOutput",
+    "RefinedPoses",
     "RenderConfig",
     "Renderer",
     "Samples",
     "ViewOutput",
     "nerfacc_backend",
     "posemap_shape",
+    "refine_poses",
     "render_cells",
     "render_posemaps",
     "render_views",

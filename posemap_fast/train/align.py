@@ -21,10 +21,9 @@ from posemap_fast.errors import ConfigError
 from posemap_fast.fields import luminance_histogram
 from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.losses import posemap_cosine, triplet_loss
-from posemap_fast.render import render_posemaps
+from posemap_fast.render import ImagePoseConfig, render_posemaps
 from posemap_fast.seeding import integers, step_generator
 from posemap_fast.train.apr import OnlineMap, rendered_size
-from posemap_fast.train.image_pose import ImagePoseConfig
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.selection import BestState, network_input
 

@@ -1,7 +1,7 @@
 """Stage 4 by distillation: unlabelled images get poses from the map, and the network learns them.
 
     L_align = L_image + L_posemap (paper, section 3.3, eq. 5), one after the other instead of in one step:
-    1. L_image moves the predicted pose of each unlabelled image until the map looks like it (`image_pose`);
+    1. L_image moves the predicted pose of each unlabelled image until the map looks like it (`render.refine_poses`);
     2. the network learns the poses found, by the distance of 12-vectors and of PoseMaps, beside its training images.
 
 The paper's form (`align.AlignStage`) sends the image loss through a rendering into the network, one or two images at
@@ -22,11 +22,10 @@ from posemap_fast.data import ImageStack
 from posemap_fast.fields import luminance_histogram
 from posemap_fast.geometry import Camera
 from posemap_fast.losses import pose_l2, posemap_l2
-from posemap_fast.render import render_posemaps
+from posemap_fast.render import refine_poses, render_posemaps
 from posemap_fast.seeding import integers, step_generator
 from posemap_fast.train.align import AlignConfig
 from posemap_fast.train.apr import OnlineMap
-from posemap_fast.train.image_pose import refine_poses
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.posemap_distance import posemap_distance
 from posemap_fast.train.selection import GuardedState, network_input, predict_poses

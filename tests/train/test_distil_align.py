@@ -12,9 +12,15 @@ import torch
 from posemap_fast.apr import APRConfig, APRNet, PoseFrame, build_aprnet
 from posemap_fast.errors import ConfigError
 from posemap_fast.geometry import Camera, make_c2w, move_poses, rotation_angle_deg, so3_exp
-from posemap_fast.render import OccupancyConfig, RenderConfig, Renderer, render_views
+from posemap_fast.render import (
+    ImagePoseConfig,
+    OccupancyConfig,
+    RenderConfig,
+    Renderer,
+    refine_poses,
+    render_views,
+)
 from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, TrainingViews
-from posemap_fast.train.image_pose import ImagePoseConfig, refine_poses
 from posemap_fast.train.selection import GuardedState, network_input
 
 

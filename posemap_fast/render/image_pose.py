@@ -16,10 +16,8 @@ import torch
 from torch.nn import functional
 
 from posemap_fast.errors import ConfigError
-from posemap_fast.fields import NeRFP
 from posemap_fast.geometry import Camera, camera_rays, move_poses
-from posemap_fast.losses import huber
-from posemap_fast.render import Renderer
+from posemap_fast.render.renderer import PoseField, Renderer
 
 __all__ = ["ImagePoseConfig", "RefinedPoses", "refine_poses"]
 
@@ -55,7 +53,7 @@ class RefinedPoses(NamedTuple):
 
 def refine_poses(
     renderer: Renderer,
-    nerfp: NeRFP,
+    nerfp: PoseField,
     camera: Camera,
     images: torch.Tensor,
     codes: torch.Tensor | None,
@@ -102,7 +100,7 @@ def refine_poses(
 
 
 def _pictures(
-    renderer: Renderer, nerfp: NeRFP, size: Camera, c2w: torch.Tensor, codes: torch.Tensor | None
+    renderer: Renderer, nerfp: PoseField, size: Camera, c2w: torch.Tensor, codes: torch.Tensor | None
 ) -> torch.Tensor:
     """(n, 3, h, w), differentiable in the poses."""
     rays_o, rays_d = camera_rays(size, c2w, size.pixel_grid().to(c2w))
@@ -119,7 +117,8 @@ def _pictures(
 def _difference(pictures: torch.Tensor, images: torch.Tensor, blur: float) -> torch.Tensor:
     """(n,) mean Huber distance of normalised, blurred pictures."""
     a, b = (_normalised(_blurred(x, blur)) for x in (pictures, images))
-    return torch.stack([huber(x, y, _HUBER_DELTA) for x, y in zip(a, b, strict=True)])
+    apart = functional.huber_loss(a, b, reduction="none", delta=_HUBER_DELTA)
+    return apart.mean(dim=(1, 2, 3)) / _HUBER_DELTA
 
 
 def _normalised(images: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,99 @@
+"""`posemap refine`: calibrate and score answers that the map corrects."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from posemap_fast.commands.base import COMMANDS, Command
+from posemap_fast.errors import ConfigError, DatasetError
+from posemap_fast.localize import REFINEMENT, MapRefiner, PoseRegressor, SceneMap
+from posemap_fast.progress import make_progress
+from posemap_fast.refinement import PosedImages, RefinedScore, calibrate_refined, score_refined
+from posemap_fast.run_dir import RunDirectory
+from posemap_fast.stages import read_scene
+
+__all__ = ["refine"]
+
+_DESCRIPTION = """\
+Judge the slow way to localize: the network's answer is moved until the map, rendered from there, looks like the image
+(render and compare). Answers come closer, and how far one was moved and how well picture and image agree at last tells
+how wrong it still is. Validation views calibrate that, test views score it; both are printed and kept in
+RUN/refined.json, which gives `posemap localize RUN IMAGE --refine` its sigma. RUN must be finished, its scene in place.
+"""
+_EXAMPLE = """\
+examples:
+  posemap refine runs/room
+  posemap localize runs/room query.jpg --refine"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = REFINEMENT
+    parser.add_argument("run", type=Path, help="run directory of a finished training")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="of the descent; time goes with them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=defaults.rows, help="height of the compared pictures, px (default: %(default)s)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def refine(options: argparse.Namespace) -> int:
+    """Calibrate, score, print and store."""
+    run = RunDirectory.open(options.run)
+    if not run.is_finished():
+        raise ConfigError(f"{options.run}: this run is not finished; run 'posemap train' with it again first")
+    config = dataclasses.replace(REFINEMENT, steps=options.steps, rows=options.rows)
+    identity = run.identity
+    device = torch.device(identity.config.device)
+    if identity.config.threads:
+        torch.set_num_threads(identity.config.threads)
+    regressor = PoseRegressor.load(run.localizer_file)
+    refiner = MapRefiner(SceneMap.load(run.map_file).to(device), config)
+    scene = read_scene(identity.scene, identity.config.data)
+    run.claim(scene.fingerprint)
+    test = PosedImages.of(scene, "test")
+    if len(test.images) == 0:
+        raise DatasetError(f"{identity.scene}: has no test views to score the refined answers on")
+    meter, net = make_progress(options.quiet), regressor.net.to(device)
+    errors = calibrate_refined(refiner, net, PosedImages.of(scene, "val"), identity.seed, meter)
+    score = score_refined(refiner, net, test, errors, meter)
+    errors.save(run.refined_file, {"n_val": len(scene.views("val")), "test": score.to_dict()})
+    _print(score, scene.is_metric, Console())
+    print(f"stored: {run.refined_file}")
+    return 0
+
+
+def _print(score: RefinedScore, is_metric: bool, console: Console) -> None:
+    unit = "m" if is_metric else "units"
+    table = Table(title=f"{len(score.errors)} test views, {score.ms_per_image:.0f} ms per image")
+    for column in ("", f"median t ({unit})", "median r (deg)", f"90 % below ({unit})", "90 % below (deg)"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, errors in (("network", score.errors_before), ("refined", score.errors)):
+        cells = [float(v) for q in (0.5, 0.9) for v in errors.quantile(q, dim=0)]
+        table.add_row(name, f"{cells[0]:.3f}", f"{cells[1]:.2f}", f"{cells[2]:.3f}", f"{cells[3]:.2f}")
+    console.print(table)
+    for key, what in (("t", "translation"), ("r", "rotation")):
+        console.print(f"{what}: {_trust(score.reliability[key].to_dict())}", highlight=False, soft_wrap=True)
+
+
+def _trust(found: dict[str, Any]) -> str:
+    inside = ", ".join(
+        f"{100 * share:.0f} % of errors in the {float(level):.0%} interval"
+        for level, share in found["coverage"].items()
+    )
+    return (
+        f"{inside}; 90th percentile of the surest half {found['p90_surest_half'] / found['p90_all']:.0%} of that of all"
+    )
+
+
+COMMANDS.register("refine")(
+    Command("answers that the map corrects: their errors", _DESCRIPTION, _EXAMPLE, _add_arguments, refine)
+)

@@ -1,0 +1,167 @@
+"""Answers by regression, then render and compare: slower, closer, and better at telling how wrong they are.
+
+    image -> PoseRegressor -> pose -> moved until the map looks like the image from there (`render.refine_poses`)
+
+A regression cannot tell that it is wrong; a picture of the map at its answer can. Errors of the end are told from how
+far the pose had to be moved and how much picture and image still differ: in the `ErrorModel` the network's pose takes
+the place of the head's, and the difference that of the network's sigma.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from posemap_fast.config import from_dict, to_dict
+from posemap_fast.data import ImageStack
+from posemap_fast.errors import FileFormatError
+from posemap_fast.fields import luminance_histogram
+from posemap_fast.files import write_text
+from posemap_fast.localize.error_model import ErrorModel
+from posemap_fast.localize.localizer import PoseAnswer, PoseRegressor
+from posemap_fast.localize.scene_map import SceneMap
+from posemap_fast.render import ImagePoseConfig, refine_poses
+
+__all__ = ["REFINEMENT", "MapRefiner", "RefinedAnswers", "RefinedErrors", "RefinedRegressor"]
+
+REFINEMENT = ImagePoseConfig(steps=80)
+"""Schedule of the descents where nothing else is said."""
+_VERSION = 1
+_CHUNK = 8  # images whose poses are moved at once; bounds the memory
+
+
+class RefinedAnswers(NamedTuple):
+    """Ends of the descents."""
+
+    c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame
+    start: torch.Tensor  # (n, 4, 4) where they began
+    difference: torch.Tensor  # (n,) of picture and image at the end, see `render.RefinedPoses`
+
+    def evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `ErrorModel` tells errors from: ends, starts, and log differences (n, 2)."""
+        return self.c2w, self.start, self.difference.clamp(min=1e-9).log()[:, None].expand(-1, 2)
+
+
+class MapRefiner:
+    """Moves poses until the map looks like the images.
+
+    Args:
+        scene_map: trained, and frozen by this.
+        config: schedule of the descent.
+    """
+
+    def __init__(self, scene_map: SceneMap, config: ImagePoseConfig):
+        self.scene_map, self.config = scene_map, config
+        scene_map.nerfp.requires_grad_(False)
+
+    def refine(self, images: ImageStack | torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
+        """(n, H, W, 3) uint8 images of the map's camera (any size) and poses (n, 4, 4) near theirs -> ends."""
+        if len(start) == 0:
+            return RefinedAnswers(start, start, torch.zeros(0, device=start.device))
+        parts = [self._refine(*part) for part in zip(images.split(_CHUNK), start.split(_CHUNK), strict=True)]
+        return RefinedAnswers(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
+        found = self.scene_map
+        device = next(found.nerfp.parameters()).device
+        images, start = images.to(device), start.to(device=device, dtype=torch.float32)
+        codes = found.nerfp.appearance_code(luminance_histogram(images))
+        pictures = images.permute(0, 3, 1, 2).float().div(255)
+        with torch.enable_grad():
+            moved = refine_poses(
+                found.renderer,
+                found.nerfp,
+                found.camera,
+                pictures,
+                None if codes is None else codes.detach(),
+                start,
+                found.pose_frame.scale,
+                self.config,
+            )
+        return RefinedAnswers(moved.c2w.detach(), start, moved.difference.detach())
+
+
+@dataclass(frozen=True)
+class RefinedErrors:
+    """What errors to expect of refined answers.
+
+    Attributes:
+        config: schedule of the descents that were judged.
+        model: expected errors by `RefinedAnswers.evidence`.
+        factors: `t`, `r` -> level, as text -> factor on what the model expects.
+    """
+
+    config: ImagePoseConfig
+    model: ErrorModel
+    factors: Mapping[str, Mapping[str, float]]
+
+    def save(self, path: Path, report: Mapping[str, Any]) -> None:
+        """Write them as JSON, atomically, with what was measured."""
+        stored = {
+            "version": _VERSION,
+            "config": to_dict(self.config),
+            "errors": self.model.to_dict(),
+            "calibration": {key: dict(levels) for key, levels in self.factors.items()},
+            **report,
+        }
+        write_text(path, json.dumps(stored, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> RefinedErrors:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: not such a file, or of another version.
+        """
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            version = stored["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(f"{path}: not what 'posemap refine' writes; run it again") from error
+        if version != _VERSION:
+            raise FileFormatError(
+                f"{path}: of version {version}, this program reads {_VERSION}; run 'posemap refine' again"
+            )
+        model = ErrorModel.from_dict(stored["errors"], torch.zeros(0, 4, 4))
+        return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), model, stored["calibration"])
+
+
+class RefinedRegressor:
+    """A localizer: a `PoseRegressor` whose answers the map corrects.
+
+    Args:
+        regressor: gives the starts.
+        scene_map: the map that it was trained with.
+        config: schedule of the descent.
+        errors: of such answers; None: they carry no sigma.
+    """
+
+    def __init__(
+        self,
+        regressor: PoseRegressor,
+        scene_map: SceneMap,
+        config: ImagePoseConfig,
+        errors: RefinedErrors | None = None,
+    ):
+        self.regressor, self.errors = regressor, errors
+        self.camera = regressor.camera
+        self.refiner = MapRefiner(scene_map, config)
+
+    def localize(self, image: torch.Tensor) -> PoseAnswer:
+        """(H, W, 3) uint8 RGB image of the training camera's aspect ratio -> pose."""
+        begin = time.perf_counter()
+        first = self.regressor.localize(image)
+        answers = self.refiner.refine(image[None], first.c2w[None])
+        known = self.errors
+        sigma = (None, None) if known is None else known.model.first_sigma(known.factors, *answers.evidence())
+        elapsed = 1000 * (time.perf_counter() - begin)
+        return dataclasses.replace(
+            first, c2w=answers.c2w[0].double().cpu(), sigma_t_m=sigma[0], sigma_r_deg=sigma[1], ms=elapsed
+        )

@@ -1,0 +1,160 @@
+"""What answers by regression plus render and compare are worth: their calibration on validation, their test errors.
+
+    validation photographs, from the network's answers and from displaced true poses -> descents -> error model
+    a place's errors by a model of the other places -> conformal factors; of all places the largest
+
+Pictures of random views cannot stand for photographs here: the map would be compared with itself. Validation views are
+few, so each is started from three poses, which makes three errors of it. How well the map shows a place decides how
+good answers are there, and the views of one place share it: they are split by place, never view by view (as block
+cross-validation, Roberts et al. 2017), and a factor is that of the place that asks for most, since the next one is new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from posemap_fast.apr import APRNet
+from posemap_fast.data import ImageStack, Scene
+from posemap_fast.errors import DatasetError
+from posemap_fast.eval import Calibration, Reliability, calibrate, pose_errors, reliability, summarize, widest
+from posemap_fast.eval.basin import displaced
+from posemap_fast.localize import ErrorModel, MapRefiner, RefinedAnswers, RefinedErrors
+from posemap_fast.progress import ProgressMeter
+from posemap_fast.seeding import step_generator
+from posemap_fast.train import predict_poses
+
+__all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
+
+_DISPLACED = (1.0, 2.0)  # times the network's median error on validation
+_PLACES = 4  # that the validation views are split into, in their order
+_LEAST_VIEWS = 8  # of validation
+_CHUNK = 8  # images between two looks at the progress
+
+
+@dataclass(frozen=True)
+class PosedImages:
+    """Photographs and their true poses."""
+
+    images: ImageStack  # (n, H, W, 3) uint8
+    c2w: torch.Tensor  # (n, 4, 4) float64
+
+    @classmethod
+    def of(cls, scene: Scene, split: str) -> PosedImages:
+        """Those of a split."""
+        index = torch.tensor(scene.views(split), dtype=torch.long)
+        return cls(scene.images.select(index), scene.c2w[index].double())
+
+
+@dataclass(frozen=True)
+class RefinedScore:
+    """Errors on the test views, before and after the map corrected the answers."""
+
+    c2w: torch.Tensor  # (n, 4, 4) float64, refined
+    errors: torch.Tensor  # (n, 2) world units and degrees
+    errors_before: torch.Tensor  # (n, 2)
+    reliability: dict[str, Reliability]  # `t`, `r`
+    ms_per_image: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "network": summarize(*self.errors_before.unbind(dim=1)),
+            "refined": summarize(*self.errors.unbind(dim=1)),
+            "uncertainty": {key: found.to_dict() for key, found in self.reliability.items()},
+            "ms_per_image": round(self.ms_per_image, 1),
+        }
+
+
+def calibrate_refined(
+    refiner: MapRefiner, net: APRNet, validation: PosedImages, seed: int, meter: ProgressMeter
+) -> RefinedErrors:
+    """What errors to expect of the answers of `net` when `refiner` corrects them.
+
+    Raises:
+        DatasetError: fewer than eight validation views.
+    """
+    n = len(validation.images)
+    if n < _LEAST_VIEWS:
+        raise DatasetError(
+            f"{n} validation view(s) are too few to tell the errors of refined answers; at least {_LEAST_VIEWS} are "
+            "needed: give the scene's split more"
+        )
+    network = predict_poses(net, validation.images).cpu().double()
+    t, r = (float(errors.median()) for errors in pose_errors(network, validation.c2w))
+    rng = step_generator(seed, "refine/starts")
+    starts = [network, *(displaced(validation.c2w, k * t, k * r, rng) for k in _DISPLACED)]
+    answers = _joined([_refine(refiner, validation.images, start, "calibrate", meter) for start in starts])
+    errors = _errors(answers.c2w, validation.c2w.repeat(len(starts), 1, 1))
+    model, calibration = cross_fitted(net, answers, errors, (torch.arange(n) * _PLACES // n).repeat(len(starts)))
+    factors = {key: values for key, values in calibration.to_dict().items() if key != "n_views"}
+    return RefinedErrors(refiner.config, model, factors)
+
+
+def cross_fitted(
+    net: APRNet, answers: RefinedAnswers, errors: torch.Tensor, place: torch.Tensor
+) -> tuple[ErrorModel, Calibration]:
+    """The error model of all answers, and the factors that models of the other places ask for.
+
+    Args:
+        answers: (n,) on the CPU.
+        errors: (n, 2) of them.
+        place: (n,) number of where they were taken.
+    """
+    asked = []
+    for k in place.unique().tolist():
+        here = place == k
+        sigma = _fit(net, answers, errors, ~here).sigma(*_select(answers, here).evidence())
+        asked.append(calibrate(errors[here, 0], errors[here, 1], sigma))
+    return _fit(net, answers, errors, place >= 0), widest(*asked)
+
+
+def _fit(net: APRNet, answers: RefinedAnswers, errors: torch.Tensor, chosen: torch.Tensor) -> ErrorModel:
+    no_support = torch.zeros(0, 4, 4)
+    return ErrorModel.fit(no_support, net.pose_frame, *_select(answers, chosen).evidence(), errors[chosen])
+
+
+def _select(answers: RefinedAnswers, chosen: torch.Tensor) -> RefinedAnswers:
+    return RefinedAnswers(*(values[chosen] for values in answers))
+
+
+def _joined(parts: Sequence[RefinedAnswers]) -> RefinedAnswers:
+    return RefinedAnswers(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _errors(c2w: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    return torch.stack(pose_errors(c2w.double(), truth.double()), dim=1)
+
+
+def _refine(
+    refiner: MapRefiner, images: ImageStack, start: torch.Tensor, name: str, meter: ProgressMeter
+) -> RefinedAnswers:
+    """Ends on the CPU, with progress."""
+    parts = []
+    with meter.task(name, total=len(images)) as task:
+        for first in range(0, len(images), _CHUNK):
+            index = torch.arange(first, min(first + _CHUNK, len(images)))
+            found = refiner.refine(images[index], start[index])
+            parts.append(RefinedAnswers(*(values.cpu() for values in found)))
+            task.update(int(index[-1]) + 1, difference=float(found.difference.mean()))
+    return _joined(parts)
+
+
+def score_refined(
+    refiner: MapRefiner, net: APRNet, test: PosedImages, errors: RefinedErrors, meter: ProgressMeter
+) -> RefinedScore:
+    """Errors on test views, n >= 1, and how far the expected ones can be trusted there."""
+    start = predict_poses(net, test.images).cpu().double()
+    begin = time.perf_counter()
+    answers = _refine(refiner, test.images, start, "score", meter)
+    ms = 1000 * (time.perf_counter() - begin) / len(test.images)
+    found, sigma = _errors(answers.c2w, test.c2w), errors.model.sigma(*answers.evidence())
+    trust = {
+        key: reliability(found[:, k], sigma[:, k], {float(level): v for level, v in errors.factors[key].items()})
+        for k, key in enumerate(("t", "r"))
+    }
+    return RefinedScore(answers.c2w.double(), found, _errors(start, test.c2w), trust, ms)

@@ -1,0 +1,113 @@
+"""Errors of refined answers: what tells them, and that no view is judged by a model that was fitted on it."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from posemap_fast import refinement
+from posemap_fast.apr import PoseFrame
+from posemap_fast.data import ImageStack
+from posemap_fast.errors import DatasetError
+from posemap_fast.eval.basin import displaced
+from posemap_fast.localize import REFINEMENT, MapRefiner, RefinedAnswers
+from posemap_fast.progress import NoProgress
+from posemap_fast.refinement import PosedImages, calibrate_refined, cross_fitted, score_refined
+
+NET = types.SimpleNamespace(pose_frame=PoseFrame((0.0, 0.0, 0.0), 1.0))
+
+
+def upright(n: int) -> torch.Tensor:
+    return torch.eye(4).double().repeat(n, 1, 1)
+
+
+class HalfWay:
+    """A refiner that halves the error, and whose difference is a hundredth of what is left."""
+
+    config = REFINEMENT
+
+    def __init__(self, truth: torch.Tensor, noise: float = 0.3):
+        self.truth, self.noise = truth, noise
+        self.generator = torch.Generator().manual_seed(1)
+
+    def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
+        index = images[:, 0, 0, 0].long()
+        c2w = start.clone()
+        left = (start[:, :3, 3] - self.truth[index, :3, 3]) / 2
+        c2w[:, :3, 3] = self.truth[index, :3, 3] + left
+        noise = (self.noise * torch.randn(len(start), generator=self.generator)).exp()
+        return RefinedAnswers(c2w.float(), start.float(), 0.01 * left.norm(dim=1).float() * noise)
+
+
+def posed(truth: torch.Tensor) -> PosedImages:
+    """Images whose first byte is their number."""
+    images = torch.zeros(len(truth), 4, 4, 3, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(len(truth))
+    return PosedImages(ImageStack.of(images), truth)
+
+
+@pytest.fixture
+def wrong_by(monkeypatch):
+    """Makes a network wrong by 1 to 10 cm and as many degrees, by image."""
+
+    def predict(net, images: ImageStack) -> torch.Tensor:
+        rng, truth = torch.Generator().manual_seed(len(images)), upright(len(images))
+        errors = 0.01 * (1 + 9 * torch.rand(len(images), generator=rng))
+        poses = [displaced(truth[i : i + 1], float(e), 100 * float(e), rng) for i, e in enumerate(errors)]
+        return torch.cat(poses).float()
+
+    monkeypatch.setattr(refinement, "predict_poses", predict)
+
+
+@pytest.mark.usefixtures("wrong_by")
+def test_expected_errors_follow_the_evidence_and_hold_as_often_as_said() -> None:
+    validation, test = posed(upright(40)), posed(upright(200))
+    errors = calibrate_refined(HalfWay(validation.c2w), NET, validation, 0, NoProgress())
+    score = score_refined(HalfWay(test.c2w), NET, test, errors, NoProgress())
+    assert float(score.errors[:, 0].median()) == pytest.approx(float(score.errors_before[:, 0].median()) / 2, rel=1e-3)
+    found = score.reliability["t"]
+    assert all(level - 0.1 < share < level + 0.3 for level, share in found.coverage.items())  # the widest of four
+    assert found.p90_surest < 0.75 * found.p90_all  # 0.55 with a perfect order
+    stored = score.to_dict()
+    assert stored["refined"]["n_test"] == 200 and stored["ms_per_image"] >= 0
+
+
+def test_no_place_is_judged_by_a_model_that_was_fitted_on_it_and_the_worst_counts(monkeypatch) -> None:
+    fits = []
+
+    class Spy:
+        def __init__(self, views: list[int]) -> None:
+            self.views = views
+
+        def sigma(self, c2w, *evidence) -> torch.Tensor:
+            asked = c2w[:, 0, 3].long().tolist()
+            fits.append((set(self.views), set(asked)))
+            return torch.ones(len(asked), 2).double()
+
+    def fit(support, frame, c2w, head, log_sigma, errors) -> Spy:
+        return Spy(c2w[:, 0, 3].long().tolist())
+
+    monkeypatch.setattr(refinement.ErrorModel, "fit", fit)
+    place = torch.arange(5).repeat(6)
+    c2w = upright(30)
+    c2w[:, 0, 3] = place
+    answers = RefinedAnswers(c2w, c2w, torch.ones(30))
+    errors = torch.rand(30, 2).double() + (place == 3)[:, None]
+    _, calibration = cross_fitted(NET, answers, errors, place)
+    assert sorted(asked for _, [asked] in fits) == list(range(5)) and all(not known & asked for known, asked in fits)
+    assert calibration.translation[0.9] == float(errors[place == 3, 0].max())
+
+
+def test_few_validation_views_are_refused() -> None:
+    few = posed(upright(7))
+    with pytest.raises(DatasetError, match=r"7 validation view\(s\) are too few"):
+        calibrate_refined(HalfWay(few.c2w), NET, few, 0, NoProgress())
+
+
+def test_nothing_to_refine_is_fine(monkeypatch) -> None:
+    field = types.SimpleNamespace(requires_grad_=lambda _: None)
+    refiner = MapRefiner(types.SimpleNamespace(nerfp=field), REFINEMENT)
+    found = refiner.refine(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, 4, 4))
+    assert found.c2w.shape == (0, 4, 4) and found.difference.shape == (0,)
