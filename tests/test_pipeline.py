@@ -243,8 +243,9 @@ def test_refining_needs_a_finished_run_its_scene_and_its_map(movable: Path, tmp_
     assert "no config.yaml" in failure("refine", tmp_path)
     (movable / "refined.json").write_text('{"version": 7}')
     assert "of version 7" in failure("localize", movable, image, "--refine")
-    (movable / "refined.json").write_text("[]")
-    assert "not what 'posemap refine' writes" in failure("localize", movable, image, "--refine")
+    for text in ("[]", '{"version": 1}', "{"):
+        (movable / "refined.json").write_text(text)
+        assert "not what 'posemap refine' writes" in failure("localize", movable, image, "--refine")
     config = (movable / "config.yaml").read_text()
     (movable / "config.yaml").write_text(config.replace("fingerprint: ", "fingerprint: 0"))
     assert "has changed since this run began" in failure("refine", movable, *REFINE)

@@ -12,9 +12,10 @@ from posemap_fast.apr import PoseFrame
 from posemap_fast.data import ImageStack
 from posemap_fast.errors import DatasetError
 from posemap_fast.eval.basin import displaced
-from posemap_fast.localize import REFINEMENT, MapRefiner, RefinedAnswers
+from posemap_fast.localize import REFINEMENT, MapRefiner, RefinedAnswers, refined
 from posemap_fast.progress import NoProgress
 from posemap_fast.refinement import PosedImages, calibrate_refined, cross_fitted, score_refined
+from posemap_fast.render import RefinedPoses
 
 NET = types.SimpleNamespace(pose_frame=PoseFrame((0.0, 0.0, 0.0), 1.0))
 
@@ -106,8 +107,32 @@ def test_few_validation_views_are_refused() -> None:
         calibrate_refined(HalfWay(few.c2w), NET, few, 0, NoProgress())
 
 
-def test_nothing_to_refine_is_fine(monkeypatch) -> None:
-    field = types.SimpleNamespace(requires_grad_=lambda _: None)
-    refiner = MapRefiner(types.SimpleNamespace(nerfp=field), REFINEMENT)
+class NoField(torch.nn.Linear):
+    """Something with parameters and without appearance."""
+
+    def appearance_code(self, histograms: torch.Tensor) -> None:
+        return None
+
+
+@pytest.fixture
+def refiner() -> MapRefiner:
+    """One whose map is nothing: the descent is to be replaced."""
+    fields = {"nerfp": NoField(1, 1), "renderer": None, "camera": None, "pose_frame": NET.pose_frame}
+    return MapRefiner(types.SimpleNamespace(**fields), REFINEMENT)
+
+
+def test_a_descent_that_went_astray_is_taken_back(refiner, monkeypatch) -> None:
+    start = upright(3).float()
+    ends = start.clone()
+    ends[:, 0, 3] = 1.0
+    after, before = torch.tensor([0.1, 0.3, float("nan")]), torch.full((3,), 0.2)
+    monkeypatch.setattr(refined, "refine_poses", lambda *_: RefinedPoses(ends, after, before))
+    found = refiner.refine(torch.zeros(3, 4, 4, 3, dtype=torch.uint8), start)
+    assert found.c2w[:, 0, 3].tolist() == [1.0, 0.0, 0.0]
+    torch.testing.assert_close(found.difference, torch.tensor([0.1, 0.2, 0.2]))
+    assert not any(p.requires_grad for p in refiner.scene_map.nerfp.parameters())
+
+
+def test_nothing_to_refine_is_fine(refiner) -> None:
     found = refiner.refine(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, 4, 4))
     assert found.c2w.shape == (0, 4, 4) and found.difference.shape == (0,)

@@ -85,7 +85,9 @@ class MapRefiner:
                 found.pose_frame.scale,
                 self.config,
             )
-        return RefinedAnswers(moved.c2w.detach(), start, moved.difference.detach())
+        is_closer = moved.difference < moved.difference_before  # else the descent went astray
+        c2w = torch.where(is_closer[:, None, None], moved.c2w.detach(), start)
+        return RefinedAnswers(c2w, start, torch.where(is_closer, moved.difference, moved.difference_before).detach())
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,14 @@ class RefinedErrors:
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            version = stored["version"]
+            if stored["version"] != _VERSION:
+                raise FileFormatError(
+                    f"{path}: of version {stored['version']}, this program reads {_VERSION}; run 'posemap refine' again"
+                )
+            model = ErrorModel.from_dict(stored["errors"], torch.zeros(0, 4, 4))
+            return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), model, stored["calibration"])
         except (ValueError, KeyError, TypeError) as error:
             raise FileFormatError(f"{path}: not what 'posemap refine' writes; run it again") from error
-        if version != _VERSION:
-            raise FileFormatError(
-                f"{path}: of version {version}, this program reads {_VERSION}; run 'posemap refine' again"
-            )
-        model = ErrorModel.from_dict(stored["errors"], torch.zeros(0, 4, 4))
-        return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), model, stored["calibration"])
 
 
 class RefinedRegressor:
