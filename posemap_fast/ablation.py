@@ -32,7 +32,7 @@ from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import REFINEMENT, MapRefiner, SceneMap
 from posemap_fast.progress import ProgressMeter
-from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
+from posemap_fast.refinement import LEAST_VIEWS, PosedImages, calibrate_refined, score_refined
 from posemap_fast.results import environment, git_commit, model_errors, reliability_of, render_test_views
 from posemap_fast.stages import SceneStages, read_scene
 from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
@@ -151,9 +151,10 @@ class _SceneRunner:
         self._loaded: tuple[str, Path, SceneStages, SceneMap, OnlineMap] | None = None
 
     def run(self, name: str, row: AblationRow, config: ExperimentConfig) -> list[RowResult]:
-        """Results of a row: of the network, and of the aligned one where the row asks for it."""
+        """Results of a row: of the network, and of the aligned and the refined answers where the row asks for them."""
         further: dict[str, Any] = {"align": row.align}
-        further |= {key: True for key, wanted in (("intervals", self.intervals), ("refine", row.refine)) if wanted}
+        further |= {"intervals": True} if self.intervals else {}
+        further |= {"refine": to_dict(REFINEMENT)} if row.refine else {}
         stored = self._stored(name, config, further, lambda: self._train_row(name, row, config))
         return [RowResult(**entry) for entry in stored["results"]]
 
@@ -257,7 +258,7 @@ class _SceneRunner:
                 entries.append(self._score(label, aligned, stages, 0.0, "unlabelled"))
         if row.refine:
             label = f"{name}, aligned, refined" if row.align else f"{name}, refined"
-            entries.append(self._refined(label, aligned if row.align else net, stages, scene_map))
+            entries += self._refined(label, aligned if row.align else net, stages, scene_map)
         extra = {"map": key, "map_seconds": {k: round(v, 1) for k, v in stages.seconds.items() if k in _MAP_PARTS}}
         return extra | {"results": [*self._baselines(stages), *entries]} | _origin()
 
@@ -293,15 +294,18 @@ class _SceneRunner:
         trust = reliability_of(net, model, calibration, stages.views["test"])
         return {"trust": {key: found.to_dict() for key, found in trust.items()}}
 
-    def _refined(self, name: str, net: APRNet, stages: SceneStages, scene_map: SceneMap) -> dict[str, Any]:
-        """The answers of a network, corrected by the map."""
+    def _refined(self, name: str, net: APRNet, stages: SceneStages, scene_map: SceneMap) -> list[dict[str, Any]]:
+        """The answers of a network, corrected by the map; none where the scene cannot calibrate them."""
         refiner, scene = MapRefiner(scene_map, REFINEMENT), stages.scene
-        validation, test = (PosedImages.of(scene, split) for split in ("val", "test"))
+        validation, test = (PosedImages.of(scene, split, stages.device) for split in ("val", "test"))
+        if len(validation.images) < LEAST_VIEWS:
+            self.meter.note(f"{self.name}: {len(validation.images)} validation views are too few for refined answers")
+            return []
         errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
         score = score_refined(refiner, net, test, errors, self.meter)
-        trust = {key: found.to_dict() for key, found in score.reliability.items()} if self.intervals else None
-        entry = self._entry(name, score.c2w, scene, score.ms_per_image * len(test.images) / 1000)
-        return entry | ({"trust": trust} if trust else {})
+        entry = self._entry(name, score.c2w, scene, seconds=0.0)
+        trust = {"trust": {key: found.to_dict() for key, found in score.reliability.items()}}
+        return [entry | (trust if self.intervals else {})]
 
     def _baselines(self, stages: SceneStages) -> list[dict[str, Any]]:
         scene, views = stages.scene, stages.views

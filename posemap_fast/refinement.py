@@ -4,9 +4,10 @@
     a place's errors by a model of the other places -> conformal factors; of all places the largest
 
 Pictures of random views cannot stand for photographs here: the map would be compared with itself. Validation views are
-few, so each is started from three poses, which makes three errors of it. How well the map shows a place decides how
-good answers are there, and the views of one place share it: they are split by place, never view by view (as block
-cross-validation, Roberts et al. 2017), and a factor is that of the place that asks for most, since the next one is new.
+few, so each is started from three poses, which makes three errors of it (not independent ones: factors are no
+guarantee). How well the map shows a place decides how good answers are there, and the views of one place share it: they
+are split by place, clusters of their positions, and not view by view (as block cross-validation, Roberts et al. 2017);
+a factor is that of the place that asks for most, since the next one is new.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from posemap_fast.data import ImageStack, Scene
 from posemap_fast.errors import DatasetError
 from posemap_fast.eval import Calibration, Reliability, calibrate, pose_errors, reliability, summarize, widest
 from posemap_fast.eval.basin import displaced
+from posemap_fast.eval.outliers import cluster_centres
 from posemap_fast.localize import ErrorModel, MapRefiner, RefinedAnswers, RefinedErrors
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import step_generator
 from posemap_fast.train import predict_poses
 
-__all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
+__all__ = ["LEAST_VIEWS", "PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 
 _DISPLACED = (1.0, 2.0)  # times the network's median error on validation
-_PLACES = 4  # that the validation views are split into, in their order
-_LEAST_VIEWS = 8  # of validation
+_PLACES = 4  # that the validation views are split into
+LEAST_VIEWS = 8
+"""Validation views that a calibration needs."""
 _CHUNK = 8  # images between two looks at the progress
 
 
@@ -40,14 +43,15 @@ _CHUNK = 8  # images between two looks at the progress
 class PosedImages:
     """Photographs and their true poses."""
 
-    images: ImageStack  # (n, H, W, 3) uint8
-    c2w: torch.Tensor  # (n, 4, 4) float64
+    name: str  # for messages
+    images: ImageStack  # (n, H, W, 3) uint8, where the network is
+    c2w: torch.Tensor  # (n, 4, 4) float64, on the CPU
 
     @classmethod
-    def of(cls, scene: Scene, split: str) -> PosedImages:
+    def of(cls, scene: Scene, split: str, device: torch.device) -> PosedImages:
         """Those of a split."""
         index = torch.tensor(scene.views(split), dtype=torch.long)
-        return cls(scene.images.select(index), scene.c2w[index].double())
+        return cls(f"{scene.name}, {split}", scene.images.select(index).to(device), scene.c2w[index].double())
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,10 @@ def calibrate_refined(
         DatasetError: fewer than eight validation views.
     """
     n = len(validation.images)
-    if n < _LEAST_VIEWS:
+    if n < LEAST_VIEWS:
         raise DatasetError(
-            f"{n} validation view(s) are too few to tell the errors of refined answers; at least {_LEAST_VIEWS} are "
-            "needed: give the scene's split more"
+            f"{validation.name}: {n} view(s) are too few to tell the errors of refined answers, which needs "
+            f"{LEAST_VIEWS}; give the scene's split more of them and train again"
         )
     network = predict_poses(net, validation.images).cpu().double()
     t, r = (float(errors.median()) for errors in pose_errors(network, validation.c2w))
@@ -90,9 +94,15 @@ def calibrate_refined(
     starts = [network, *(displaced(validation.c2w, k * t, k * r, rng) for k in _DISPLACED)]
     answers = _joined([_refine(refiner, validation.images, start, "calibrate", meter) for start in starts])
     errors = _errors(answers.c2w, validation.c2w.repeat(len(starts), 1, 1))
-    model, calibration = cross_fitted(net, answers, errors, (torch.arange(n) * _PLACES // n).repeat(len(starts)))
+    model, calibration = cross_fitted(net, answers, errors, _places(validation.c2w).repeat(len(starts)))
     factors = {key: values for key, values in calibration.to_dict().items() if key != "n_views"}
     return RefinedErrors(refiner.config, model, factors)
+
+
+def _places(c2w: torch.Tensor) -> torch.Tensor:
+    """Number of the cluster of positions that each pose (n, 4, 4) belongs to."""
+    positions = c2w[:, :3, 3].double()
+    return torch.cdist(positions, cluster_centres(positions, _PLACES)).argmin(dim=1)
 
 
 def cross_fitted(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from posemap_fast.config import diff, from_dict, to_dict
@@ -39,7 +40,8 @@ class RunIdentity:
 class RunDirectory:
     """Paths of one run's files, and the checks that keep runs apart."""
 
-    def __init__(self, root: Path, identity: RunIdentity):
+    def __init__(self, root: Path, identity: RunIdentity, is_new: bool = True):
+        """`is_new`: the identity is what a caller wants, to be compared with what is there."""
         self.root = root
         self.identity = identity
         self.config_file = root / "config.yaml"
@@ -50,11 +52,12 @@ class RunDirectory:
         self.report_file = root / "report.html"
         self.metrics_file = root / "metrics.jsonl"
         self.log_file = root / "log.txt"
-        self._check_identity()
+        if is_new:
+            self._check_identity()
 
     @classmethod
     def open(cls, root: Path) -> RunDirectory:
-        """The run that a directory holds.
+        """The run that a directory holds, whatever version of the program began it; on the CPU where its GPU is not.
 
         Raises:
             ConfigError: it holds none, or one whose configuration this program does not know.
@@ -62,9 +65,12 @@ class RunDirectory:
         path = root / "config.yaml"
         if not path.is_file():
             raise ConfigError(f"{root}: not the directory of a run (no config.yaml)")
-        stored = _read(path)
-        config = from_dict(ExperimentConfig, stored["config"], str(path))
-        return cls(root, RunIdentity(stored["scene"], stored["preset"], stored["seed"], config))
+        stored = _read(path, "the run is of no use without it; train again")
+        values = dict(stored["config"])
+        if str(values.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            values["device"] = "cpu"
+        config = from_dict(ExperimentConfig, values, str(path))
+        return cls(root, RunIdentity(stored["scene"], stored["preset"], stored["seed"], config), is_new=False)
 
     def checkpoint(self, name: str) -> Path:
         """File in checkpoints/."""
@@ -81,7 +87,7 @@ class RunDirectory:
     def _stored(self) -> dict[str, Any] | None:
         if not self.config_file.exists():
             return None
-        return _read(self.config_file)
+        return _read(self.config_file, "choose another --out")
 
     def _check_identity(self) -> None:
         stored = self._stored()
@@ -103,6 +109,10 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.root}: exists and is not the directory of a run (no config.yaml); choose another --out"
             )
+
+    def fingerprint(self) -> str:
+        """Of the scene that the run began with; empty where none is told."""
+        return str((self._stored() or {}).get("fingerprint", ""))
 
     def claim(self, fingerprint: str) -> None:
         """Write config.yaml, or check that the scene's content is still the one the run began with.
@@ -131,16 +141,17 @@ class RunDirectory:
         return handler
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, mend: str) -> dict[str, Any]:
     """The content of config.yaml.
 
     Raises:
-        ConfigError: it is damaged, or not that of a run.
+        ConfigError: it is damaged, or not that of a run; `mend` says what to do.
     """
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML; choose another --out") from error
-    if not isinstance(stored, dict) or not {"scene", "preset", "seed", "config"} <= stored.keys():
-        raise ConfigError(f"{path}: not the config of a run; choose another --out")
+        raise ConfigError(f"{path}: not readable as YAML; {mend}") from error
+    is_mapping = isinstance(stored, dict) and isinstance(stored.get("config"), dict)
+    if not is_mapping or not {"scene", "preset", "seed"} <= stored.keys():
+        raise ConfigError(f"{path}: not the config of a run; {mend}")
     return stored

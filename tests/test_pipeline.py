@@ -241,14 +241,18 @@ def test_refining_needs_a_finished_run_its_scene_and_its_map(movable: Path, tmp_
     assert "needs the map beside" in failure("localize", movable / "localizer.pmnet", image, "--refine")
     assert "rows >= 4" in failure("refine", movable, "--rows", "2")
     assert "no config.yaml" in failure("refine", tmp_path)
+    good = {"version": 1, "config": {}, "errors": {"weights": [[0.0] * 4] * 2, "scale": 1.0}}
     (movable / "refined.json").write_text('{"version": 7}')
     assert "of version 7" in failure("localize", movable, image, "--refine")
-    for text in ("[]", '{"version": 1}', "{"):
+    for text in ("[]", '{"version": 1}', "{", json.dumps(good | {"calibration": {"t": [], "r": []}})):
         (movable / "refined.json").write_text(text)
         assert "not what 'posemap refine' writes" in failure("localize", movable, image, "--refine")
     config = (movable / "config.yaml").read_text()
     (movable / "config.yaml").write_text(config.replace("fingerprint: ", "fingerprint: 0"))
-    assert "has changed since this run began" in failure("refine", movable, *REFINE)
+    assert "has changed since this run" in failure("refine", movable, *REFINE)
+    (movable / "config.yaml").write_text("scene: room\npreset: cpu\nseed: 0\nconfig: 3\n")
+    assert "not the config of a run; the run is of no use" in failure("refine", movable, *REFINE)
+    (movable / "config.yaml").write_text(config)
     (movable / "summary.json").unlink()
     assert "not finished" in failure("refine", movable, *REFINE)
 

@@ -21,7 +21,10 @@ NET = types.SimpleNamespace(pose_frame=PoseFrame((0.0, 0.0, 0.0), 1.0))
 
 
 def upright(n: int) -> torch.Tensor:
-    return torch.eye(4).double().repeat(n, 1, 1)
+    """On a line, one metre apart."""
+    poses = torch.eye(4).double().repeat(n, 1, 1)
+    poses[:, 1, 3] = torch.arange(n)
+    return poses
 
 
 class HalfWay:
@@ -39,14 +42,14 @@ class HalfWay:
         left = (start[:, :3, 3] - self.truth[index, :3, 3]) / 2
         c2w[:, :3, 3] = self.truth[index, :3, 3] + left
         noise = (self.noise * torch.randn(len(start), generator=self.generator)).exp()
-        return RefinedAnswers(c2w.float(), start.float(), 0.01 * left.norm(dim=1).float() * noise)
+        return RefinedAnswers(c2w.float(), start.float(), c2w.float(), 0.01 * left.norm(dim=1).float() * noise)
 
 
 def posed(truth: torch.Tensor) -> PosedImages:
     """Images whose first byte is their number."""
     images = torch.zeros(len(truth), 4, 4, 3, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(len(truth))
-    return PosedImages(ImageStack.of(images), truth)
+    return PosedImages("painted, val", ImageStack.of(images), truth)
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_no_place_is_judged_by_a_model_that_was_fitted_on_it_and_the_worst_count
     place = torch.arange(5).repeat(6)
     c2w = upright(30)
     c2w[:, 0, 3] = place
-    answers = RefinedAnswers(c2w, c2w, torch.ones(30))
+    answers = RefinedAnswers(c2w, c2w, c2w, torch.ones(30))
     errors = torch.rand(30, 2).double() + (place == 3)[:, None]
     _, calibration = cross_fitted(NET, answers, errors, place)
     assert sorted(asked for _, [asked] in fits) == list(range(5)) and all(not known & asked for known, asked in fits)
@@ -103,7 +106,7 @@ def test_no_place_is_judged_by_a_model_that_was_fitted_on_it_and_the_worst_count
 
 def test_few_validation_views_are_refused() -> None:
     few = posed(upright(7))
-    with pytest.raises(DatasetError, match=r"7 validation view\(s\) are too few"):
+    with pytest.raises(DatasetError, match=r"painted, val: 7 view\(s\) are too few"):
         calibrate_refined(HalfWay(few.c2w), NET, few, 0, NoProgress())
 
 
@@ -124,12 +127,13 @@ def refiner() -> MapRefiner:
 def test_a_descent_that_went_astray_is_taken_back(refiner, monkeypatch) -> None:
     start = upright(3).float()
     ends = start.clone()
-    ends[:, 0, 3] = 1.0
+    ends[:, 0, 3] = torch.tensor([1.0, 1.0, float("nan")])
     after, before = torch.tensor([0.1, 0.3, float("nan")]), torch.full((3,), 0.2)
     monkeypatch.setattr(refined, "refine_poses", lambda *_: RefinedPoses(ends, after, before))
     found = refiner.refine(torch.zeros(3, 4, 4, 3, dtype=torch.uint8), start)
     assert found.c2w[:, 0, 3].tolist() == [1.0, 0.0, 0.0]
     torch.testing.assert_close(found.difference, torch.tensor([0.1, 0.2, 0.2]))
+    assert found.evidence()[0][:, 0, 3].tolist() == [1.0, 1.0, 0.0]  # how far it went is told all the same
     assert not any(p.requires_grad for p in refiner.scene_map.nerfp.parameters())
 
 

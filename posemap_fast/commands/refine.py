@@ -16,6 +16,7 @@ from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.localize import REFINEMENT, MapRefiner, PoseRegressor, SceneMap
 from posemap_fast.progress import make_progress
 from posemap_fast.refinement import PosedImages, RefinedScore, calibrate_refined, score_refined
+from posemap_fast.results import finite
 from posemap_fast.run_dir import RunDirectory
 from posemap_fast.stages import read_scene
 
@@ -55,17 +56,21 @@ def refine(options: argparse.Namespace) -> int:
     device = torch.device(identity.config.device)
     if identity.config.threads:
         torch.set_num_threads(identity.config.threads)
-    regressor = PoseRegressor.load(run.localizer_file)
+    net = PoseRegressor.load(run.localizer_file).net.to(device)
     refiner = MapRefiner(SceneMap.load(run.map_file).to(device), config)
     scene = read_scene(identity.scene, identity.config.data)
-    run.claim(scene.fingerprint)
-    test = PosedImages.of(scene, "test")
+    if scene.fingerprint != run.fingerprint():
+        raise ConfigError(
+            f"{options.run}: the content of scene {identity.scene} has changed since this run; give it back what it "
+            "was trained with, or train again with another --out"
+        )
+    validation, test = (PosedImages.of(scene, split, device) for split in ("val", "test"))
     if len(test.images) == 0:
         raise DatasetError(f"{identity.scene}: has no test views to score the refined answers on")
-    meter, net = make_progress(options.quiet), regressor.net.to(device)
-    errors = calibrate_refined(refiner, net, PosedImages.of(scene, "val"), identity.seed, meter)
+    meter = make_progress(options.quiet)
+    errors = calibrate_refined(refiner, net, validation, identity.seed, meter)
     score = score_refined(refiner, net, test, errors, meter)
-    errors.save(run.refined_file, {"n_val": len(scene.views("val")), "test": score.to_dict()})
+    errors.save(run.refined_file, finite({"n_val": len(validation.images), "test": score.to_dict()}))
     _print(score, scene.is_metric, Console())
     print(f"stored: {run.refined_file}")
     return 0
@@ -73,7 +78,7 @@ def refine(options: argparse.Namespace) -> int:
 
 def _print(score: RefinedScore, is_metric: bool, console: Console) -> None:
     unit = "m" if is_metric else "units"
-    table = Table(title=f"{len(score.errors)} test views, {score.ms_per_image:.0f} ms per image")
+    table = Table(title=f"{len(score.errors)} test views, {score.ms_per_image:.0f} ms per image, eight at a time")
     for column in ("", f"median t ({unit})", "median r (deg)", f"90 % below ({unit})", "90 % below (deg)"):
         table.add_column(column, justify="right" if column else "left")
     for name, errors in (("network", score.errors_before), ("refined", score.errors)):
@@ -89,9 +94,8 @@ def _trust(found: dict[str, Any]) -> str:
         f"{100 * share:.0f} % of errors in the {float(level):.0%} interval"
         for level, share in found["coverage"].items()
     )
-    return (
-        f"{inside}; 90th percentile of the surest half {found['p90_surest_half'] / found['p90_all']:.0%} of that of all"
-    )
+    share = found["p90_surest_half"] / max(found["p90_all"], 1e-12)
+    return f"{inside}; 90th percentile of the surest half {share:.0%} of that of all"
 
 
 COMMANDS.register("refine")(

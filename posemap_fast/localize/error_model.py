@@ -10,7 +10,8 @@ d_t and d_R are the distance (in units of the pose frame) and the angle (radians
   of the network, and where they disagree one of them is wrong. (Distances to training poses say nothing there.)
 
 The weights are fitted (Laplace likelihood) on fresh random views from all distances; intervals are scaled by conformal
-quantiles on other views.
+quantiles on other views. Answers that the map corrects use the same model with evidence of their own
+(`localize.refined`).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class ErrorModel:
             frame: of the network.
             c2w: (n, 4, 4) answers.
             head_c2w: (n, 4, 4) what the network's head alone says.
-            log_sigma: (n, 2) of the network, see `PoseHead.log_sigma`.
+            log_sigma: (n, 2) of the network, see `PoseHead.log_sigma`, or other evidence.
             errors: (n, 2) true errors in world units and degrees.
         """
         step = max(1, -(-len(train_c2w) // _MAX_SUPPORT))

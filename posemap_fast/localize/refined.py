@@ -38,19 +38,22 @@ _CHUNK = 8  # images whose poses are moved at once; bounds the memory
 
 
 class RefinedAnswers(NamedTuple):
-    """Ends of the descents."""
+    """Poses after the descents."""
 
-    c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame
-    start: torch.Tensor  # (n, 4, 4) where they began
-    difference: torch.Tensor  # (n,) of picture and image at the end, see `render.RefinedPoses`
+    c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame: the end, or the start where the end was no closer
+    start: torch.Tensor  # (n, 4, 4)
+    end: torch.Tensor  # (n, 4, 4) finite
+    difference: torch.Tensor  # (n,) of picture and image at `c2w`, see `render.RefinedPoses`
 
     def evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `ErrorModel` tells errors from: ends, starts, and log differences (n, 2)."""
-        return self.c2w, self.start, self.difference.clamp(min=1e-9).log()[:, None].expand(-1, 2)
+        return self.end, self.start, self.difference.clamp(min=1e-9).log()[:, None].expand(-1, 2)
 
 
 class MapRefiner:
     """Moves poses until the map looks like the images.
+
+    Whole images are compared, a dark frame that the map did not learn included: undistorted images are better cropped.
 
     Args:
         scene_map: trained, and frozen by this.
@@ -64,7 +67,7 @@ class MapRefiner:
     def refine(self, images: ImageStack | torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
         """(n, H, W, 3) uint8 images of the map's camera (any size) and poses (n, 4, 4) near theirs -> ends."""
         if len(start) == 0:
-            return RefinedAnswers(start, start, torch.zeros(0, device=start.device))
+            return RefinedAnswers(start, start, start, torch.zeros(0, device=start.device))
         parts = [self._refine(*part) for part in zip(images.split(_CHUNK), start.split(_CHUNK), strict=True)]
         return RefinedAnswers(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -86,8 +89,9 @@ class MapRefiner:
                 self.config,
             )
         is_closer = moved.difference < moved.difference_before  # else the descent went astray
-        c2w = torch.where(is_closer[:, None, None], moved.c2w.detach(), start)
-        return RefinedAnswers(c2w, start, torch.where(is_closer, moved.difference, moved.difference_before).detach())
+        difference = torch.where(is_closer, moved.difference, moved.difference_before).detach()
+        end = torch.where(torch.isfinite(moved.c2w).all(dim=(1, 2), keepdim=True), moved.c2w, start).detach()
+        return RefinedAnswers(torch.where(is_closer[:, None, None], end, start), start, end, difference)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class RefinedErrors:
 
         Raises:
             FileFormatError: not such a file, or of another version.
+            ConfigError: its schedule is not one.
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -129,8 +134,14 @@ class RefinedErrors:
                     f"{path}: of version {stored['version']}, this program reads {_VERSION}; run 'posemap refine' again"
                 )
             model = ErrorModel.from_dict(stored["errors"], torch.zeros(0, 4, 4))
-            return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), model, stored["calibration"])
-        except (ValueError, KeyError, TypeError) as error:
+            factors = {
+                key: {level: float(factor) for level, factor in stored["calibration"][key].items()}
+                for key in ("t", "r")
+            }
+            if model.weights.shape != (2, 4) or not bool(torch.isfinite(model.weights).all()):
+                raise ValueError("weights")
+            return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), model, factors)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{path}: not what 'posemap refine' writes; run it again") from error
 
 
@@ -157,12 +168,12 @@ class RefinedRegressor:
 
     def localize(self, image: torch.Tensor) -> PoseAnswer:
         """(H, W, 3) uint8 RGB image of the training camera's aspect ratio -> pose."""
-        begin = time.perf_counter()
         first = self.regressor.localize(image)
+        begin = time.perf_counter()
         answers = self.refiner.refine(image[None], first.c2w[None])
         known = self.errors
         sigma = (None, None) if known is None else known.model.first_sigma(known.factors, *answers.evidence())
-        elapsed = 1000 * (time.perf_counter() - begin)
+        elapsed = first.ms + 1000 * (time.perf_counter() - begin)
         return dataclasses.replace(
             first, c2w=answers.c2w[0].double().cpu(), sigma_t_m=sigma[0], sigma_r_deg=sigma[1], ms=elapsed
         )
