@@ -32,7 +32,7 @@ from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import REFINEMENT, MapRefiner, SceneMap
 from posemap_fast.progress import ProgressMeter
-from posemap_fast.refinement import LEAST_VIEWS, PosedImages, calibrate_refined, score_refined
+from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
 from posemap_fast.results import environment, git_commit, model_errors, reliability_of, render_test_views
 from posemap_fast.stages import SceneStages, read_scene
 from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
@@ -298,10 +298,11 @@ class _SceneRunner:
         """The answers of a network, corrected by the map; none where the scene cannot calibrate them."""
         refiner, scene = MapRefiner(scene_map, REFINEMENT), stages.scene
         validation, test = (PosedImages.of(scene, split, stages.device) for split in ("val", "test"))
-        if len(validation.images) < LEAST_VIEWS:
-            self.meter.note(f"{self.name}: {len(validation.images)} validation views are too few for refined answers")
+        try:
+            errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
+        except DatasetError as error:
+            self.meter.note(f"no refined answers: {error}")
             return []
-        errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
         score = score_refined(refiner, net, test, errors, self.meter)
         entry = self._entry(name, score.c2w, scene, seconds=0.0)
         trust = {"trust": {key: found.to_dict() for key, found in score.reliability.items()}}

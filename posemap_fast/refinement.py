@@ -30,13 +30,12 @@ from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import step_generator
 from posemap_fast.train import predict_poses
 
-__all__ = ["LEAST_VIEWS", "PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
+__all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 
 _DISPLACED = (1.0, 2.0)  # times the network's median error on validation
 _PLACES = 4  # that the validation views are split into
-LEAST_VIEWS = 8
-"""Validation views that a calibration needs."""
-_CHUNK = 8  # images between two looks at the progress
+_LEAST_VIEWS = 8  # of validation
+_CHUNK = 8  # images whose poses are moved at once; bounds the memory
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ def calibrate_refined(
         DatasetError: fewer than eight validation views.
     """
     n = len(validation.images)
-    if n < LEAST_VIEWS:
+    if n < _LEAST_VIEWS:
         raise DatasetError(
             f"{validation.name}: {n} view(s) are too few to tell the errors of refined answers, which needs "
-            f"{LEAST_VIEWS}; give the scene's split more of them and train again"
+            f"{_LEAST_VIEWS}; give the scene's split more of them and train again"
         )
     network = predict_poses(net, validation.images).cpu().double()
     t, r = (float(errors.median()) for errors in pose_errors(network, validation.c2w))

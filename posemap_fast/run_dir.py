@@ -40,8 +40,8 @@ class RunIdentity:
 class RunDirectory:
     """Paths of one run's files, and the checks that keep runs apart."""
 
-    def __init__(self, root: Path, identity: RunIdentity, is_new: bool = True):
-        """`is_new`: the identity is what a caller wants, to be compared with what is there."""
+    def __init__(self, root: Path, identity: RunIdentity, is_checked: bool = True):
+        """`is_checked`: the identity is what a caller wants, and is compared with what is there."""
         self.root = root
         self.identity = identity
         self.config_file = root / "config.yaml"
@@ -52,7 +52,7 @@ class RunDirectory:
         self.report_file = root / "report.html"
         self.metrics_file = root / "metrics.jsonl"
         self.log_file = root / "log.txt"
-        if is_new:
+        if is_checked:
             self._check_identity()
 
     @classmethod
@@ -70,7 +70,7 @@ class RunDirectory:
         if str(values.get("device")).startswith("cuda") and not torch.cuda.is_available():
             values["device"] = "cpu"
         config = from_dict(ExperimentConfig, values, str(path))
-        return cls(root, RunIdentity(stored["scene"], stored["preset"], stored["seed"], config), is_new=False)
+        return cls(root, RunIdentity(stored["scene"], stored["preset"], stored["seed"], config), is_checked=False)
 
     def checkpoint(self, name: str) -> Path:
         """File in checkpoints/."""

@@ -156,6 +156,18 @@ def test_answers_that_the_map_corrects_are_scored_beside_the_others(finished, co
     assert len(refined[0]) == len(aligned[0]) and refined != aligned
 
 
+def test_a_scene_that_cannot_calibrate_refined_answers_keeps_the_rest_of_its_row(finished, copy, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise DatasetError("7 views")
+
+    file = copy.parent / "few.yaml"
+    file.write_text(TEXT.replace("  full: {}", "  full: {}\n  judged: {refine: true}"))
+    monkeypatch.setattr(ablation, "calibrate_refined", refuse)
+    assert main(["ablate", str(file), "--out", str(copy), "--rows", "judged", "--quiet"]) == 0
+    rows = [row["row"] for row in json.loads((copy / "results.json").read_text())["rows"]]
+    assert rows == [*BASELINES, "judged"]
+
+
 def test_rows_share_the_map_and_the_random_views(finished: Finished) -> None:
     maps = list((finished.out / "room" / "seed0" / "maps").iterdir())
     assert [found.name for found in maps] == [stored(finished.out, "full")["map"]]

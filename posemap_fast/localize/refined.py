@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from posemap_fast.config import from_dict, to_dict
-from posemap_fast.data import ImageStack
 from posemap_fast.errors import FileFormatError
 from posemap_fast.fields import luminance_histogram
 from posemap_fast.files import write_text
@@ -34,7 +33,6 @@ __all__ = ["REFINEMENT", "MapRefiner", "RefinedAnswers", "RefinedErrors", "Refin
 REFINEMENT = ImagePoseConfig(steps=80)
 """Schedule of the descents where nothing else is said."""
 _VERSION = 1
-_CHUNK = 8  # images whose poses are moved at once; bounds the memory
 
 
 class RefinedAnswers(NamedTuple):
@@ -64,14 +62,10 @@ class MapRefiner:
         self.scene_map, self.config = scene_map, config
         scene_map.nerfp.requires_grad_(False)
 
-    def refine(self, images: ImageStack | torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
-        """(n, H, W, 3) uint8 images of the map's camera (any size) and poses (n, 4, 4) near theirs -> ends."""
+    def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
+        """All at once: (n, H, W, 3) uint8 images of the map's camera (any size), poses (n, 4, 4) near them -> ends."""
         if len(start) == 0:
             return RefinedAnswers(start, start, start, torch.zeros(0, device=start.device))
-        parts = [self._refine(*part) for part in zip(images.split(_CHUNK), start.split(_CHUNK), strict=True)]
-        return RefinedAnswers(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-    def _refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
         found = self.scene_map
         device = next(found.nerfp.parameters()).device
         images, start = images.to(device), start.to(device=device, dtype=torch.float32)
