@@ -1,6 +1,6 @@
 """What answers by regression plus render and compare are worth: their calibration on validation, their test errors.
 
-    validation photographs, from the network's answers and from displaced true poses -> descents -> error model
+    validation photographs, from the answers and from displaced true poses -> render and compare -> error model
     a place's errors by a model of the other places -> conformal factors; of all places the largest
 
 Pictures of random views cannot stand for photographs here: the map would be compared with itself. Validation views are

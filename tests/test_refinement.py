@@ -28,7 +28,7 @@ def upright(n: int) -> torch.Tensor:
 
 
 class HalfWay:
-    """A refiner that halves the error, and whose difference is a hundredth of what is left."""
+    """A refiner that halves the error, and whose sigma is a hundredth of what is left."""
 
     config = REFINEMENT
 
@@ -42,7 +42,8 @@ class HalfWay:
         left = (start[:, :3, 3] - self.truth[index, :3, 3]) / 2
         c2w[:, :3, 3] = self.truth[index, :3, 3] + left
         noise = (self.noise * torch.randn(len(start), generator=self.generator)).exp()
-        return RefinedAnswers(c2w.float(), start.float(), c2w.float(), 0.01 * left.norm(dim=1).float() * noise)
+        sigma = (0.01 * left.norm(dim=1).float() * noise)[:, None].expand(-1, 2)
+        return RefinedAnswers(c2w.float(), start.float(), c2w.float(), torch.ones(len(start)), sigma)
 
 
 def posed(truth: torch.Tensor) -> PosedImages:
@@ -97,7 +98,7 @@ def test_no_place_is_judged_by_a_model_that_was_fitted_on_it_and_the_worst_count
     place = torch.arange(5).repeat(6)
     c2w = upright(30)
     c2w[:, 0, 3] = place
-    answers = RefinedAnswers(c2w, c2w, c2w, torch.ones(30))
+    answers = RefinedAnswers(c2w, c2w, c2w, torch.ones(30), torch.ones(30, 2))
     errors = torch.rand(30, 2).double() + (place == 3)[:, None]
     _, calibration = cross_fitted(NET, answers, errors, place)
     assert sorted(asked for _, [asked] in fits) == list(range(5)) and all(not known & asked for known, asked in fits)
@@ -119,24 +120,26 @@ class NoField(torch.nn.Linear):
 
 @pytest.fixture
 def refiner() -> MapRefiner:
-    """One whose map is nothing: the descent is to be replaced."""
+    """One whose map is nothing: what moves poses is to be replaced."""
     fields = {"nerfp": NoField(1, 1), "renderer": None, "camera": None, "pose_frame": NET.pose_frame}
     return MapRefiner(types.SimpleNamespace(**fields), REFINEMENT)
 
 
-def test_a_descent_that_went_astray_is_taken_back(refiner, monkeypatch) -> None:
+def test_an_answer_that_went_astray_is_taken_back(refiner, monkeypatch) -> None:
     start = upright(3).float()
     ends = start.clone()
     ends[:, 0, 3] = torch.tensor([1.0, 1.0, float("nan")])
     after, before = torch.tensor([0.1, 0.3, float("nan")]), torch.full((3,), 0.2)
-    monkeypatch.setattr(refined, "refine_poses", lambda *_: RefinedPoses(ends, after, before))
+    moved = RefinedPoses(ends, after, before, torch.rand(3, 2))
+    monkeypatch.setattr(refined, "refine_poses", lambda *_: moved)
     found = refiner.refine(torch.zeros(3, 4, 4, 3, dtype=torch.uint8), start)
     assert found.c2w[:, 0, 3].tolist() == [1.0, 0.0, 0.0]
     torch.testing.assert_close(found.difference, torch.tensor([0.1, 0.2, 0.2]))
     assert found.evidence()[0][:, 0, 3].tolist() == [1.0, 1.0, 0.0]  # how far it went is told all the same
+    torch.testing.assert_close(found.evidence()[2], moved.sigma.log())
     assert not any(p.requires_grad for p in refiner.scene_map.nerfp.parameters())
 
 
 def test_nothing_to_refine_is_fine(refiner) -> None:
     found = refiner.refine(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, 4, 4))
-    assert found.c2w.shape == (0, 4, 4) and found.difference.shape == (0,)
+    assert found.c2w.shape == (0, 4, 4) and found.difference.shape == (0,) and found.sigma.shape == (0, 2)

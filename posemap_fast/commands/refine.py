@@ -38,10 +38,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = REFINEMENT
     parser.add_argument("run", type=Path, help="run directory of a finished training")
     parser.add_argument(
-        "--steps", type=int, default=defaults.steps, help="of the descent; time goes with them (default: %(default)s)"
+        "--steps",
+        type=int,
+        default=defaults.steps,
+        help="of the alignment, in each of its rounds (default: %(default)s)",
     )
     parser.add_argument(
-        "--rows", type=int, default=defaults.rows, help="height of the compared pictures, px (default: %(default)s)"
+        "--rows",
+        type=int,
+        default=defaults.rows,
+        help="height of the largest pictures, px; time goes with its square (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
 

@@ -3,8 +3,8 @@
     image -> PoseRegressor -> pose -> moved until the map looks like the image from there (`render.refine_poses`)
 
 A regression cannot tell that it is wrong; a picture of the map at its answer can. Errors of the end are told from how
-far the pose had to be moved and how much picture and image still differ: in the `ErrorModel` the network's pose takes
-the place of the head's, and the difference that of the network's sigma.
+far the pose had to be moved and from the covariance of the alignment, which grows with what picture and image still
+differ by: in the `ErrorModel` the network's pose takes the place of the head's, and that covariance of its sigma.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from posemap_fast.render import ImagePoseConfig, refine_poses
 
 __all__ = ["REFINEMENT", "MapRefiner", "RefinedAnswers", "RefinedErrors", "RefinedRegressor"]
 
-REFINEMENT = ImagePoseConfig(steps=80)
-"""Schedule of the descents where nothing else is said."""
-_VERSION = 1
+REFINEMENT = ImagePoseConfig()
+"""Schedule where nothing else is said."""
+_VERSION = 2
 
 
 class RefinedAnswers(NamedTuple):
-    """Poses after the descents."""
+    """Poses after render and compare."""
 
     c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame: the end, or the start where the end was no closer
     start: torch.Tensor  # (n, 4, 4)
     end: torch.Tensor  # (n, 4, 4) finite
     difference: torch.Tensor  # (n,) of picture and image at `c2w`, see `render.RefinedPoses`
+    sigma: torch.Tensor  # (n, 2) of `end`, likewise
 
     def evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `ErrorModel` tells errors from: ends, starts, and log differences (n, 2)."""
-        return self.end, self.start, self.difference.clamp(min=1e-9).log()[:, None].expand(-1, 2)
+        """What `ErrorModel` tells errors from: ends, starts, and the logarithm of `sigma`."""
+        return self.end, self.start, self.sigma.clamp(min=1e-9).log()
 
 
 class MapRefiner:
@@ -55,7 +56,7 @@ class MapRefiner:
 
     Args:
         scene_map: trained, and frozen by this.
-        config: schedule of the descent.
+        config: schedule.
     """
 
     def __init__(self, scene_map: SceneMap, config: ImagePoseConfig):
@@ -65,27 +66,18 @@ class MapRefiner:
     def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
         """All at once: (n, H, W, 3) uint8 images of the map's camera (any size), poses (n, 4, 4) near them -> ends."""
         if len(start) == 0:
-            return RefinedAnswers(start, start, start, torch.zeros(0, device=start.device))
+            return RefinedAnswers(start, start, start, start.new_zeros(0), start.new_zeros(0, 2))
         found = self.scene_map
         device = next(found.nerfp.parameters()).device
         images, start = images.to(device), start.to(device=device, dtype=torch.float32)
         codes = found.nerfp.appearance_code(luminance_histogram(images))
         pictures = images.permute(0, 3, 1, 2).float().div(255)
-        with torch.enable_grad():
-            moved = refine_poses(
-                found.renderer,
-                found.nerfp,
-                found.camera,
-                pictures,
-                None if codes is None else codes.detach(),
-                start,
-                found.pose_frame.scale,
-                self.config,
-            )
-        is_closer = moved.difference < moved.difference_before  # else the descent went astray
-        difference = torch.where(is_closer, moved.difference, moved.difference_before).detach()
-        end = torch.where(torch.isfinite(moved.c2w).all(dim=(1, 2), keepdim=True), moved.c2w, start).detach()
-        return RefinedAnswers(torch.where(is_closer[:, None, None], end, start), start, end, difference)
+        codes = None if codes is None else codes.detach()
+        moved = refine_poses(found.renderer, found.nerfp, found.camera, pictures, codes, start, self.config)
+        is_closer = moved.difference < moved.difference_before  # else it went astray
+        difference = torch.where(is_closer, moved.difference, moved.difference_before)
+        end = torch.where(torch.isfinite(moved.c2w).all(dim=(1, 2), keepdim=True), moved.c2w, start)
+        return RefinedAnswers(torch.where(is_closer[:, None, None], end, start), start, end, difference, moved.sigma)
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ class RefinedErrors:
     """What errors to expect of refined answers.
 
     Attributes:
-        config: schedule of the descents that were judged.
+        config: schedule of the answers that were judged.
         model: expected errors by `RefinedAnswers.evidence`.
         factors: `t`, `r` -> level, as text -> factor on what the model expects.
     """
@@ -145,7 +137,7 @@ class RefinedRegressor:
     Args:
         regressor: gives the starts.
         scene_map: the map that it was trained with.
-        config: schedule of the descent.
+        config: schedule.
         errors: of such answers; None: they carry no sigma.
     """
 

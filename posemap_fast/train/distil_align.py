@@ -92,7 +92,6 @@ class DistilAlignStage:
             network_input(self.images[part]),
             None if self.codes is None else self.codes[part],
             self.poses[part],
-            self.net.pose_frame.scale,
             self.config.image_pose,
         )
         self.poses[part] = found.c2w

@@ -101,27 +101,27 @@ def displaced(truth: torch.Tensor) -> torch.Tensor:
     return move_poses(truth, math.radians(3) * turn, 0.1 * move)
 
 
-SHORT = ImagePoseConfig(steps=4, rows=12)
-CONFIG = ImagePoseConfig(steps=80, rows=24, step_t=0.02, step_r_deg=0.5)
+SHORT = ImagePoseConfig(steps=2, rows=12)
+CONFIG = ImagePoseConfig(rows=36)
 
 
 def test_poses_come_back_to_where_the_pictures_were_taken(renderer, camera, truth, images) -> None:
     start = displaced(truth)
-    found = refine_poses(renderer, PaintedRoom(), camera, network_input(images), None, start, 1.0, CONFIG)
+    found = refine_poses(renderer, PaintedRoom(), camera, network_input(images), None, start, CONFIG)
     distance, angle = errors(found.c2w, truth)
-    assert float(distance.median()) < 0.1 / 3 and float(angle.median()) < 3 / 3
+    assert float(distance.max()) < 0.1 / 15 and float(angle.max()) < 3 / 15
     assert bool((found.difference < found.difference_before).all())
 
 
 def test_exposure_does_not_count_and_images_do_not_influence_each_other(renderer, camera, truth, images) -> None:
     start, pictures = displaced(truth), network_input(images)
-    together = refine_poses(renderer, PaintedRoom(), camera, pictures, None, start, 1.0, CONFIG)
-    dark = refine_poses(renderer, PaintedRoom(), camera, 0.6 * pictures[:1] + 0.1, None, start[:1], 1.0, CONFIG)
+    together = refine_poses(renderer, PaintedRoom(), camera, pictures, None, start, CONFIG)
+    dark = refine_poses(renderer, PaintedRoom(), camera, 0.6 * pictures[:1] + 0.1, None, start[:1], CONFIG)
     distance, angle = errors(dark.c2w, together.c2w[:1])
     assert float(distance) < 0.01 and float(angle) < 0.3
 
 
-@pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 2}, {"blur_px": (1.0, 0.0)}])
+@pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 3}])
 def test_bad_schedules_are_refused(values) -> None:
     with pytest.raises(ConfigError, match="image pose"):
         ImagePoseConfig(**values)

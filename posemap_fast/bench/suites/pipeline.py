@@ -28,7 +28,7 @@ _PRESET, _SEED = "cpu", 0
 _SHORT = (
     *("data.room_train=60", "data.room_test=20", "data.room_width=120", "data.network_side=72"),
     *("nerf.steps=600", "posemap.steps=150", "apr.steps=120"),
-    *("align.steps=20", "align.share=0.5", "align.image_pose.steps=20"),
+    *("align.steps=20", "align.share=0.5"),
 )
 _SMOKE = (
     *("data.room_train=12", "data.room_test=4", "data.room_width=32", "data.network_side=0"),
