@@ -1,13 +1,12 @@
 """What answers by regression plus render and compare are worth: their calibration on validation, their test errors.
 
     validation photographs, from the answers and from displaced true poses -> render and compare -> error model
-    a place's errors by a model of the other places -> conformal factors; of all places the largest
+    a place's errors by a model of the other places -> conformal factors for a new place
 
 Pictures of random views cannot stand for photographs here: the map would be compared with itself. Validation views are
-few, so each is started from three poses, which makes three errors of it (not independent ones: factors are no
-guarantee). How well the map shows a place decides how good answers are there, and the views of one place share it: they
-are split by place, clusters of their positions, and not view by view (as block cross-validation, Roberts et al. 2017);
-a factor is that of the place that asks for most, since the next one is new.
+few, so each is started from two poses, which makes two errors of it (not independent ones: factors are no guarantee).
+How well the map shows a place decides how good answers are there, and the views of one place share it: they are split
+by place, clusters of their positions, and not view by view (as block cross-validation, Roberts et al. 2017).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from posemap_fast.apr import APRNet
 from posemap_fast.data import ImageStack, Scene
 from posemap_fast.errors import DatasetError
-from posemap_fast.eval import Calibration, Reliability, calibrate, pose_errors, reliability, summarize, widest
+from posemap_fast.eval import Calibration, Reliability, calibrate, pose_errors, reliability, summarize
 from posemap_fast.eval.basin import displaced
 from posemap_fast.eval.outliers import cluster_centres
 from posemap_fast.localize import ErrorModel, MapRefiner, RefinedAnswers, RefinedErrors
@@ -32,7 +31,7 @@ from posemap_fast.train import predict_poses
 
 __all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 
-_DISPLACED = (1.0, 2.0)  # times the network's median error on validation
+_DISPLACED = 1.0  # times the network's median error on validation
 _PLACES = 4  # that the validation views are split into
 _LEAST_VIEWS = 8  # of validation
 _CHUNK = 8  # images whose poses are moved at once; bounds the memory
@@ -90,7 +89,7 @@ def calibrate_refined(
     network = predict_poses(net, validation.images).cpu().double()
     t, r = (float(errors.median()) for errors in pose_errors(network, validation.c2w))
     rng = step_generator(seed, "refine/starts")
-    starts = [network, *(displaced(validation.c2w, k * t, k * r, rng) for k in _DISPLACED)]
+    starts = [network, displaced(validation.c2w, _DISPLACED * t, _DISPLACED * r, rng)]
     answers = _joined([_refine(refiner, validation.images, start, "calibrate", meter) for start in starts])
     errors = _errors(answers.c2w, validation.c2w.repeat(len(starts), 1, 1))
     model, calibration = cross_fitted(net, answers, errors, _places(validation.c2w).repeat(len(starts)))
@@ -114,12 +113,11 @@ def cross_fitted(
         errors: (n, 2) of them.
         place: (n,) number of where they were taken.
     """
-    asked = []
+    sigma = torch.zeros(len(place), 2, dtype=torch.float64)
     for k in place.unique().tolist():
         here = place == k
-        sigma = _fit(net, answers, errors, ~here).sigma(*_select(answers, here).evidence())
-        asked.append(calibrate(errors[here, 0], errors[here, 1], sigma))
-    return _fit(net, answers, errors, place >= 0), widest(*asked)
+        sigma[here] = _fit(net, answers, errors, ~here).sigma(*_select(answers, here).evidence())
+    return _fit(net, answers, errors, place >= 0), calibrate(errors[:, 0], errors[:, 1], sigma, place)
 
 
 def _fit(net: APRNet, answers: RefinedAnswers, errors: torch.Tensor, chosen: torch.Tensor) -> ErrorModel:

@@ -73,13 +73,15 @@ def test_expected_errors_follow_the_evidence_and_hold_as_often_as_said() -> None
     score = score_refined(HalfWay(test.c2w), NET, test, errors, NoProgress())
     assert float(score.errors[:, 0].median()) == pytest.approx(float(score.errors_before[:, 0].median()) / 2, rel=1e-3)
     found = score.reliability["t"]
-    assert all(level - 0.1 < share < level + 0.3 for level, share in found.coverage.items())  # the widest of four
+    assert all(
+        level - 0.1 < share < level + 0.3 for level, share in found.coverage.items()
+    )  # for a fifth place, from four
     assert found.p90_surest < 0.75 * found.p90_all  # 0.55 with a perfect order
     stored = score.to_dict()
     assert stored["refined"]["n_test"] == 200 and stored["ms_per_image"] >= 0
 
 
-def test_no_place_is_judged_by_a_model_that_was_fitted_on_it_and_the_worst_counts(monkeypatch) -> None:
+def test_no_place_is_judged_by_a_model_that_was_fitted_on_it(monkeypatch) -> None:
     fits = []
 
     class Spy:
@@ -102,7 +104,8 @@ def test_no_place_is_judged_by_a_model_that_was_fitted_on_it_and_the_worst_count
     errors = torch.rand(30, 2).double() + (place == 3)[:, None]
     _, calibration = cross_fitted(NET, answers, errors, place)
     assert sorted(asked for _, [asked] in fits) == list(range(5)) and all(not known & asked for known, asked in fits)
-    assert calibration.translation[0.9] == float(errors[place == 3, 0].max())
+    worst = errors[place == 3, 0]
+    assert calibration.translation[0.9] == float(worst.max()) and calibration.translation[0.5] < float(worst.min())
 
 
 def test_few_validation_views_are_refused() -> None:

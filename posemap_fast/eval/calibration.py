@@ -3,11 +3,14 @@
 Split conformal prediction (Papadopoulos et al. 2002; Angelopoulos and Bates 2021, arXiv:2107.07511): with scores
 s_i = error_i / sigma_i on n validation views, the interval [0, q sigma] with q the ceil((n + 1) level)-th smallest
 score holds a new view's error with probability >= level, as long as it is drawn like the validation views.
+
+Views of one place are alike, and a new view comes from a new place: with views in K groups, and F_k the share of the
+scores of group k that are at most q, q is the smallest one with (F_1 + ... + F_K) / (K + 1) >= level (Lee, Barber and
+Willett 2023, arXiv:2306.06342). With a group for each view it is the above.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,16 +63,20 @@ class Reliability:
         return {"coverage": inside, **parts}
 
 
-def calibrate(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> Calibration:
+def calibrate(
+    t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor, groups: torch.Tensor | None = None
+) -> Calibration:
     """Factors from validation errors.
 
     Args:
         t_err, r_err: (n,) errors, units as sigma's.
         sigma: (n, 2) > 0, of translation and rotation.
+        groups: (n,) number of the place that each view belongs to; None: each is a place of its own.
     """
-    _check(t_err, r_err, sigma)
+    _check(t_err, r_err, sigma, groups)
+    place = torch.arange(len(t_err)) if groups is None else groups
     scores = (t_err.double() / sigma[:, 0].double(), r_err.double() / sigma[:, 1].double())
-    translation, rotation = ({level: _quantile(s, level) for level in LEVELS if len(s)} for s in scores)
+    translation, rotation = ({level: _quantile(s, place, level) for level in LEVELS if len(s)} for s in scores)
     return Calibration(translation, rotation, len(t_err))
 
 
@@ -86,10 +93,13 @@ def widest(*calibrations: Calibration) -> Calibration:
     )
 
 
-def _quantile(scores: torch.Tensor, level: float) -> float:
-    """The conformal quantile; the largest score where there are too few for the level."""
-    rank = min(len(scores), math.ceil((len(scores) + 1) * level))
-    return float(scores.sort().values[rank - 1])
+def _quantile(scores: torch.Tensor, place: torch.Tensor, level: float) -> float:
+    """The conformal quantile; the largest score where there are too few views or places for the level."""
+    _, place, sizes = torch.unique(place, return_inverse=True, return_counts=True)
+    order = scores.argsort(stable=True)
+    share = (1 / sizes.double())[place[order]].cumsum(dim=0)  # F_1 + ... + F_K at each score
+    reached = share >= level * (len(sizes) + 1) - 1e-9
+    return float(scores[order[int(reached.double().argmax()) if bool(reached.any()) else -1]])
 
 
 def reliability(errors: torch.Tensor, sigma: torch.Tensor, factors: Mapping[float, float]) -> Reliability:
@@ -106,10 +116,12 @@ def reliability(errors: torch.Tensor, sigma: torch.Tensor, factors: Mapping[floa
     return Reliability(coverage, *(float(torch.quantile(part, 0.9)) for part in parts))
 
 
-def _check(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor) -> None:
+def _check(t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor, groups: torch.Tensor | None) -> None:
     shape = sigma.shape[:1]
     if sigma.dim() != 2 or sigma.shape[1] != 2 or t_err.shape != shape or r_err.shape != shape:
         raise ShapeError(
             f"calibrate: needs errors (n,) twice and sigma (n, 2); got {tuple(t_err.shape)}, {tuple(r_err.shape)} "
             f"and {tuple(sigma.shape)}"
         )
+    if groups is not None and groups.shape != shape:
+        raise ShapeError(f"calibrate: groups must be (n,), n = {len(sigma)}; got {tuple(groups.shape)}")

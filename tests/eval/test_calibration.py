@@ -125,3 +125,29 @@ def test_reliability_needs_one_sigma_per_error(errors, sigma) -> None:
 def test_single_numbers_are_refused() -> None:
     with pytest.raises(ShapeError, match="errors"):
         calibrate(torch.tensor(1.0), torch.tensor(1.0), torch.ones(1, 2))
+
+
+def test_views_of_few_places_ask_for_more_and_a_new_place_is_held_as_often_as_said() -> None:
+    errors, ones = torch.arange(1.0, 13.0), torch.ones(12, 2)
+    place = torch.arange(12) // 3  # four places of three views, from the easiest to the hardest
+    assert calibrate(errors, errors, ones, torch.arange(12)).translation == calibrate(errors, errors, ones).translation
+    found = calibrate(errors, errors, ones, place).translation
+    assert found[0.5] == 8.0 and found[0.9] == 12.0  # of 7.5 and of 13.5 of 12 views
+    twice = calibrate(torch.cat([errors, errors[:3]]), torch.ones(15), torch.ones(15, 2), torch.cat([place, place[:3]]))
+    assert twice.translation[0.5] == 8.0  # a place counts once, however many views it has
+
+    generator = torch.Generator().manual_seed(4)
+    held = []
+    for _ in range(400):
+        level = (0.5 * torch.randn(13, 1, generator=generator)).exp()  # twelve places and a new one
+        scores = level * torch.randn(13, 20, generator=generator).abs()
+        known, group = scores[:12].reshape(-1), torch.arange(12).repeat_interleave(20)
+        factor = calibrate(known, known, torch.ones(240, 2), group).translation
+        held.append([float((scores[12] <= factor[level]).float().mean()) for level in (0.5, 0.9)])
+    shares = torch.tensor(held).mean(dim=0).tolist()
+    assert 0.5 <= shares[0] < 0.58 and 0.9 <= shares[1] < 0.99
+
+
+def test_places_must_be_one_per_view() -> None:
+    with pytest.raises(ShapeError, match=r"calibrate: groups must be \(n,\), n = 3; got \(2,\)"):
+        calibrate(torch.ones(3), torch.ones(3), torch.ones(3, 2), torch.zeros(2))
