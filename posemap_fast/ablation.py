@@ -35,7 +35,7 @@ from posemap_fast.progress import ProgressMeter
 from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
 from posemap_fast.results import environment, git_commit, model_errors, reliability_of, render_test_views
 from posemap_fast.stages import SceneStages, read_scene
-from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
+from posemap_fast.train import MetricsLog, OnlineMap, Predictions, predict_poses
 
 __all__ = ["Ablation", "AblationRow", "load_ablation", "run_ablation"]
 
@@ -242,17 +242,20 @@ class _SceneRunner:
         network = _digest([key, to_dict(config.apr), to_dict(config.network)])
         stages.folder = self.folder / "networks" / network  # rows that differ in their alignment only share it
         net = stages.network("apr", config.apr, online, scene_map.pose_frame)
-        entries = [self._score(name, net, stages, stages.seconds["apr"]) | self._trust(net, stages, online)]
+        before = self._score(name, net, stages, stages.seconds["apr"])
+        if row.align:
+            stages.config = dataclasses.replace(config, protocol=row.align)
+            stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
+        judged = stages.cross_align(net, online) if row.align and self.intervals else None
+        entries = [before | self._trust(net, stages, online, judged and (judged.before, judged.c2w))]
         has_unlabelled = len(stages.views["unlabelled"]) > 0
         if row.align and has_unlabelled:
             entries.append(self._score(f"{name}, on the unlabelled frames", net, stages, 0.0, "unlabelled"))
         if row.align:
-            stages.config = dataclasses.replace(config, protocol=row.align)
-            stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
             stages.seconds.pop("align", None)
             aligned = stages.align(net, online)
             entry = self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0))
-            entries.append(entry | self._trust(aligned, stages, online))
+            entries.append(entry | self._trust(aligned, stages, online, judged and (judged.aligned, judged.c2w)))
             if has_unlabelled:
                 label = f"{name}, aligned, on the unlabelled frames"
                 entries.append(self._score(label, aligned, stages, 0.0, "unlabelled"))
@@ -286,11 +289,18 @@ class _SceneRunner:
         answer = predict_poses(net, stages.views[split].images).cpu()
         return self._entry(name, answer, stages.scene, seconds, split)
 
-    def _trust(self, net: APRNet, stages: SceneStages, online: OnlineMap) -> dict[str, Any]:
-        """How the intervals of a network do on the test views, where that is asked for."""
+    def _trust(
+        self,
+        net: APRNet,
+        stages: SceneStages,
+        online: OnlineMap,
+        unlabelled: tuple[Predictions, torch.Tensor] | None,
+    ) -> dict[str, Any]:
+        """How the intervals of a network do on the test views, where that is asked for; `model_errors` has the rest."""
         if not self.intervals:
             return {}
-        model, calibration = model_errors(net, stages.views, stages.unseen_views(online, net.config.input_size))
+        random = stages.unseen_views(online, net.config.input_size)
+        model, calibration = model_errors(net, stages.views, random, unlabelled)
         trust = reliability_of(net, model, calibration, stages.views["test"])
         return {"trust": {key: found.to_dict() for key, found in trust.items()}}
 

@@ -73,9 +73,11 @@ def _run_stages(run: RunDirectory, stages: SceneStages) -> dict[str, Any]:
         for name, config in (("pose_only", pose_only), ("apr", stages.config.apr))
     }
     nets["aligned"] = stages.align(nets["apr"], online)
+    judged = stages.cross_align(nets["apr"], online)
     unseen = stages.unseen_views(online, nets["apr"].config.input_size)
     with stages.timed("evaluate"):
-        outcome = results.evaluate(scene_map, nets, views, scene, unseen, stages.meter)
+        unlabelled = None if judged is None else (judged.aligned, judged.c2w)
+        outcome = results.evaluate(scene_map, nets, views, scene, unseen, unlabelled, stages.meter)
     _save_localizer(run, scene, nets["aligned"], outcome)
     summary = results.summarize_run(run, scene, estimate, field_stage, outcome, stages.seconds)
     summary["time_s"] = _times(stages.seconds)

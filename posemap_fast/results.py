@@ -138,9 +138,10 @@ def evaluate(
     views: dict[str, TrainingViews],
     scene: Scene,
     random: tuple[torch.Tensor, torch.Tensor],
+    unlabelled: tuple[Predictions, torch.Tensor] | None,
     meter: ProgressMeter,
 ) -> Outcome:
-    """Render every test view and let every method answer for every test image; `random` as in `model_errors`."""
+    """Render every test view and let every method answer for every test image; more arguments: see `model_errors`."""
     train, test = views["train"], views["test"]
     truth = scene.c2w[scene.views("test")]
     pictures = render_test_views(scene_map, test, meter)
@@ -153,40 +154,55 @@ def evaluate(
         "nearest_view": train_c2w[nearest_views(train.images, test.images).cpu()],
     }
     errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
-    model, calibration = model_errors(nets["aligned"], views, random)
+    model, calibration = model_errors(nets["aligned"], views, random, unlabelled)
     trust = reliability_of(nets["aligned"], model, calibration, test)
     maps = pictures.posemaps.cpu()
     return Outcome(pictures.psnr_db, pictures.ssim, pictures.renders, maps, errors, model, calibration, trust)
 
 
 def model_errors(
-    net: APRNet, views: dict[str, TrainingViews], random: tuple[torch.Tensor, torch.Tensor]
+    net: APRNet,
+    views: dict[str, TrainingViews],
+    random: tuple[torch.Tensor, torch.Tensor],
+    unlabelled: tuple[Predictions, torch.Tensor] | None = None,
 ) -> tuple[ErrorModel, Calibration]:
     """The error model of a network, and the calibration of its intervals.
 
-    It is fitted on one half of the random views. Each factor is the larger of that which the other half and that which
-    the validation views ask for: validation views lie near the training views and alone would promise too much
-    elsewhere, random views are not photographs.
+    The model is fitted on one half of the random views. Its factors are those that unlabelled frames ask for, whose
+    poses the map tells: they are photographs from where the localizer will be asked. Without such frames each factor is
+    the larger of that which the other random views and that which the validation views ask for: validation views lie
+    near the training views and alone would promise too much elsewhere, random views are not photographs.
 
     Args:
         random: poses (n, 4, 4) and images (n, h, w, 3) uint8 that the network was not trained on.
+        unlabelled: answers for frames that `net`, or one like it, has not learnt, and their poses (n, 4, 4), see
+            `stages.CrossAligned`.
     """
     validation = views["val"]
     found, errors = _with_errors(net, random[1], random[0])
     halves = [(Predictions(*(values[k::2] for values in found)), errors[k::2]) for k in range(2)]
     train = views["train"].c2w if net.refiner is None else views["train"].c2w[:0]
     model = ErrorModel.fit(train, net.pose_frame, *halves[0][0], halves[0][1])
-    calibrations = []
-    for found, errors in (halves[1], _with_errors(net, validation.images, validation.c2w)):
-        calibrations.append(calibrate(errors[:, 0], errors[:, 1], model.sigma(*found)))
-    return model, widest(*calibrations)
+    if unlabelled is not None:
+        return model, _calibrated(model, *_compared(*unlabelled))
+    return model, widest(
+        _calibrated(model, *halves[1]), _calibrated(model, *_with_errors(net, validation.images, validation.c2w))
+    )
+
+
+def _calibrated(model: ErrorModel, found: Predictions, errors: torch.Tensor) -> Calibration:
+    return calibrate(errors[:, 0], errors[:, 1], model.sigma(*found))
+
+
+def _compared(found: Predictions, c2w: torch.Tensor) -> tuple[Predictions, torch.Tensor]:
+    """Answers, on the CPU, and their errors (n, 2)."""
+    errors = torch.stack(pose_errors(found.c2w.double(), c2w.double()), dim=1)
+    return Predictions(*(values.cpu() for values in found)), errors.cpu()
 
 
 def _with_errors(net: APRNet, images: ImageStack | torch.Tensor, c2w: torch.Tensor) -> tuple[Predictions, torch.Tensor]:
     """Answers for n images, on the CPU, and their errors (n, 2)."""
-    found = predict(net, images)
-    errors = torch.stack(pose_errors(found.c2w.double(), c2w.double()), dim=1)
-    return Predictions(*(values.cpu() for values in found)), errors
+    return _compared(predict(net, images), c2w)
 
 
 def reliability_of(

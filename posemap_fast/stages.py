@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from posemap_fast.apr import APRConfig, APRNet, PoseFrame, PoseMapReadout, build_aprnet
-from posemap_fast.data import FrameEstimate, Scene, estimate_frame, find_border, load_scene
+from posemap_fast.data import FrameEstimate, ImageStack, Scene, estimate_frame, find_border, load_scene
 from posemap_fast.experiment import DataConfig, ExperimentConfig
 from posemap_fast.geometry import Camera, mean_pose, project_points
 from posemap_fast.localize import SceneMap
@@ -32,21 +33,24 @@ from posemap_fast.train import (
     MetricsLog,
     OnlineMap,
     PoseBranchStage,
+    Predictions,
     RandomViewSource,
     Stage,
     TrainingViews,
     ViewCache,
     ViewSampler,
+    predict,
     prune_occupancy,
     rendered_size,
     run_stage,
 )
 
-__all__ = ["SceneStages", "read_scene"]
+__all__ = ["CrossAligned", "SceneStages", "read_scene"]
 
 logger = logging.getLogger(__name__)
 _UNSEEN_BATCH, _UNSEEN_BATCHES = 4, 48  # random views for the error model
 _UNSEEN_RANGE = 1.2  # relative to random view synthesis; they come from all distances up to it
+_LEAST_UNLABELLED = 9  # frames to judge answers by: fewer cannot tell what 90 % of errors stay below
 _MIN_VIEWS = 3  # training images that must see a cell for it to hold matter
 
 
@@ -75,6 +79,14 @@ def _take_unlabelled(scene: Scene, every: int) -> None:
     scene.splits["test"] = [i for i in test if i not in taken]
     scene.splits["unlabelled"] = sorted({*scene.splits.get("unlabelled", []), *taken})
     scene.notes.append(f"every {every}th test view is unlabelled: {len(taken)} are aligned on and not scored")
+
+
+class CrossAligned(NamedTuple):
+    """Answers for unlabelled frames by networks that have not learnt them, and where the map says that these are."""
+
+    before: Predictions  # (n,) of the network before alignment
+    aligned: Predictions  # (n,) of networks aligned on the other half of the frames
+    c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame
 
 
 class SceneStages:
@@ -284,20 +296,56 @@ class SceneStages:
 
     def align(self, net: APRNet, online: OnlineMap) -> APRNet:
         """Stage 4: a copy of `net` aligned on unlabelled images; an equal copy where the scene has none."""
-        aligned = copy.deepcopy(net)
-        unlabelled = self.views["test" if self.config.protocol == "transductive" else "unlabelled"].images
-        if len(unlabelled) == 0:
+        images = self._unlabelled().images
+        if len(images) == 0:
             self.meter.note("alignment: no unlabelled frames in this scene, the stage is left out")
-            return aligned
-        common = (self.config.align, aligned, online, unlabelled, self.scene.camera, self.views["val"], self.seed)
-        stage: AlignStage | DistilAlignStage = (
-            AlignStage(*common)
-            if self.config.align.method == "paper"
-            else DistilAlignStage(*common, self.views["train"])
+            return copy.deepcopy(net)
+        return self._aligned(self._align_stage(net, online, images, "align", self.config.align.share))
+
+    def cross_align(self, net: APRNet, online: OnlineMap) -> CrossAligned | None:
+        """How copies of `net` do on unlabelled frames that they were not aligned on: each half judged by the other.
+
+        These are photographs from where the localizer will be asked, which validation views, beside the training
+        views, and random views are not. Their poses are those that render and compare finds, which are several times
+        as exact as the network; no true pose is read.
+
+        Returns:
+            None where there are too few such frames, or where alignment does not find their poses (`paper`).
+        """
+        images = self._unlabelled().images
+        if len(images) < _LEAST_UNLABELLED or self.config.align.method == "paper":
+            return None
+        halves = [images[k::2] for k in range(2)]
+        found, poses = [], []
+        for k, half in enumerate(halves):
+            stage = self._align_stage(net, online, half, f"align_half_{k}", 1.0)
+            assert isinstance(stage, DistilAlignStage)
+            found.append(predict(self._aligned(stage), halves[1 - k]))
+            poses.append(stage.poses)
+        before = [predict(net, half) for half in halves]
+        return CrossAligned(
+            Predictions(*(torch.cat(parts) for parts in zip(*before, strict=True))),
+            Predictions(*(torch.cat(parts) for parts in zip(*found[::-1], strict=True))),
+            torch.cat(poses),
         )
+
+    def _unlabelled(self) -> TrainingViews:
+        return self.views["test" if self.config.protocol == "transductive" else "unlabelled"]
+
+    def _align_stage(
+        self, net: APRNet, online: OnlineMap, images: ImageStack, name: str, share: float
+    ) -> AlignStage | DistilAlignStage:
+        """Alignment of a copy of `net`, which is the stage's, on a share of the images."""
+        config = dataclasses.replace(self.config.align, share=share)
+        common = (config, copy.deepcopy(net), online, images, self.scene.camera, self.views["val"], self.seed)
+        if config.method == "paper":
+            return AlignStage(*common)
+        return DistilAlignStage(*common, self.views["train"], name)
+
+    def _aligned(self, stage: AlignStage | DistilAlignStage) -> APRNet:
         self._train(stage)
-        aligned.load_state_dict(stage.best.state["net"])
-        return aligned.eval()
+        stage.net.load_state_dict(stage.best.state["net"])
+        return stage.net.eval()
 
 
 def _network_size(camera: Camera, side: int) -> tuple[int, int]:

@@ -48,9 +48,8 @@ class DistilAlignStage:
         validation: views of the guard.
         seed: of the run.
         training: labelled views, mixed in so that nothing is forgotten.
+        name: of the stage.
     """
-
-    name = "align"
 
     def __init__(
         self,
@@ -62,9 +61,10 @@ class DistilAlignStage:
         validation: TrainingViews,
         seed: int,
         training: TrainingViews,
+        name: str = "align",
     ):
         self.config, self.net, self.online, self.camera, self.seed = config, net, online, camera, seed
-        self.training = training
+        self.training, self.name = training, name
         self.images = ImageStack.of(images)[:: max(1, round(1 / config.share))]
         codes = online.nerfp.appearance_code(luminance_histogram(self.images))
         self.codes = None if codes is None else codes.detach()
