@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from posemap_fast import ablation
+from posemap_fast import ablation, stages
 from posemap_fast.ablation import Ablation, AblationRow, load_ablation
 from posemap_fast.ablation_results import RowResult
 from posemap_fast.cli import main
@@ -19,6 +19,7 @@ from posemap_fast.commands import ablate as command
 from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.render import ImagePoseConfig
 from posemap_fast.resources import resource_dir
+from posemap_fast.results import model_errors
 from posemap_fast.train import APRStage, random_views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,12 +124,21 @@ def test_results_hold_the_rows_and_the_baselines(finished: Finished) -> None:
     assert errors_of(finished.out, "full") != errors_of(finished.out, "no posemap")
 
 
-def test_intervals_are_judged_before_and_after_alignment(finished: Finished, copy: Path, capsys) -> None:
+def test_intervals_are_judged_before_and_after_alignment(finished: Finished, copy: Path, capsys, monkeypatch) -> None:
+    counts = []
+
+    def count(net, views, random, unlabelled):
+        counts.append(0 if unlabelled is None else len(unlabelled[1]))
+        return model_errors(net, views, random, unlabelled)
+
+    monkeypatch.setattr(stages, "_LEAST_UNLABELLED", 4)
+    monkeypatch.setattr(ablation, "model_errors", count)
     file = copy.parent / "intervals.yaml"
     file.write_text(TEXT.replace("reference: full", "reference: with stage 4\nintervals: true"))
     table = copy.parent / "table.md"
     words = ["--out", str(copy), "--rows", "with stage 4", "--quiet", "--markdown", str(table)]
     assert main(["ablate", str(file), *words]) == 0
+    assert counts == [4, 4]  # of unlabelled frames, here the test frames
     rows = {row["row"]: row for row in json.loads((copy / "results.json").read_text())["rows"]}
     assert all("trust" not in rows[name] for name in BASELINES)
     for name in ("with stage 4", "with stage 4, aligned"):

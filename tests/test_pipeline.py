@@ -241,10 +241,10 @@ def test_refining_needs_a_finished_run_its_scene_and_its_map(movable: Path, tmp_
     assert "needs the map beside" in failure("localize", movable / "localizer.pmnet", image, "--refine")
     assert "rows >= 4" in failure("refine", movable, "--rows", "2")
     assert "no config.yaml" in failure("refine", tmp_path)
-    good = {"version": 1, "config": {}, "errors": {"weights": [[0.0] * 4] * 2, "scale": 1.0}}
+    good = {"version": 2, "config": {}, "errors": {"weights": [[0.0] * 4] * 2, "scale": 1.0}}
     (movable / "refined.json").write_text('{"version": 7}')
     assert "of version 7" in failure("localize", movable, image, "--refine")
-    for text in ("[]", '{"version": 1}', "{", json.dumps(good | {"calibration": {"t": [], "r": []}})):
+    for text in ("[]", '{"version": 2}', "{", json.dumps(good | {"calibration": {"t": [], "r": []}})):
         (movable / "refined.json").write_text(text)
         assert "not what 'posemap refine' writes" in failure("localize", movable, image, "--refine")
     config = (movable / "config.yaml").read_text()
