@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from posemap_fast.cli import main
+from posemap_fast.data import load_scene
 from posemap_fast.experiment import preset_names
 from posemap_fast.localize import PoseRegressor, SceneMap
 
@@ -183,6 +184,14 @@ def write_view(folder: Path) -> Path:
     return path
 
 
+def write_photograph(folder: Path) -> Path:
+    """Of the scene `room`."""
+    scene = load_scene("room", None, n_train=60, n_test=4, width=64, height=48)
+    path = folder / "photograph.png"
+    cv2.imwrite(str(path), scene.images[torch.tensor([0])][0].numpy()[..., ::-1])
+    return path
+
+
 def test_localize_prints_one_json_line_per_image(finished: Path, tmp_path: Path, capsys) -> None:
     image = write_view(tmp_path)
     assert main(["localize", str(finished), str(image), str(image)]) == 0
@@ -194,7 +203,7 @@ def test_localize_prints_one_json_line_per_image(finished: Path, tmp_path: Path,
     assert lines[0]["c2w"] == lines[1]["c2w"] and lines[0]["sigma_t_m"] > 0
 
 
-REFINE = ("--steps", "3", "--rows", "8", "--quiet")
+REFINE = ("--steps", "3", "--rows", "24", "--quiet")
 
 
 @pytest.fixture
@@ -204,13 +213,13 @@ def movable(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_refined_answers_are_judged_and_then_carry_their_own_sigma(movable: Path, tmp_path: Path, capsys) -> None:
-    image = str(write_view(tmp_path))
+    image = str(write_photograph(tmp_path))
     assert main(["localize", str(movable), image]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert main(["refine", str(movable), *REFINE]) == 0
     assert "90th percentile of the surest half" in capsys.readouterr().out
     stored = json.loads((movable / "refined.json").read_text())
-    assert (stored["config"]["steps"], stored["config"]["rows"], stored["n_val"]) == (3, 8, 16)
+    assert (stored["config"]["steps"], stored["config"]["rows"], stored["n_val"]) == (3, 24, 16)
     summary = json.loads((movable / "summary.json").read_text())
     assert stored["test"]["network"]["median_t_m"] == pytest.approx(summary["aligned"]["median_t_m"], rel=1e-3)
     assert stored["test"]["refined"]["n_test"] == 6
@@ -221,7 +230,7 @@ def test_refined_answers_are_judged_and_then_carry_their_own_sigma(movable: Path
     assert out.err == "" and answers[0]["c2w"] == answers[1]["c2w"] != plain["c2w"]
     assert answers[0]["sigma_t_m"] > 0 and answers[0]["sigma_r_deg"] > 0 and set(answers[0]) == set(plain)
     moved = torch.tensor(answers[0]["t"]) - torch.tensor(plain["t"])
-    assert 0 < float(moved.norm()) < 0.1
+    assert 0 < float(moved.norm()) < 1
 
 
 def test_refined_answers_that_nobody_judged_have_no_sigma(finished: Path, tmp_path: Path, capsys) -> None:
