@@ -1,12 +1,13 @@
 """What answers by regression plus render and compare are worth: their calibration on validation, their test errors.
 
-    validation photographs, from the answers and from displaced true poses -> render and compare -> error model
-    a place's errors by a model of the other places -> conformal factors for a new place
+    validation photographs, from the answers and from displaced true poses -> render and compare
+    errors over the sigma of the alignment -> conformal factors for a new place
 
 Pictures of random views cannot stand for photographs here: the map would be compared with itself. Validation views are
 few, so each is started from two poses, which makes two errors of it (not independent ones: factors are no guarantee).
-How well the map shows a place decides how good answers are there, and the views of one place share it: they are split
-by place, clusters of their positions, and not view by view (as block cross-validation, Roberts et al. 2017).
+How well the map shows a place decides how good answers are there, and the views of one place share it: they are grouped
+by place, clusters of their positions. Four places of one scene tell little, but the alignment's sigma has the same
+meaning everywhere, so what its errors usually are counts beside them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import torch
 from posemap_fast.apr import APRNet
 from posemap_fast.data import ImageStack, Scene
 from posemap_fast.errors import DatasetError
-from posemap_fast.eval import Calibration, Reliability, calibrate, pose_errors, reliability, summarize
+from posemap_fast.eval import KnownScores, Reliability, calibrate, pose_errors, reliability, summarize
 from posemap_fast.eval.basin import displaced
 from posemap_fast.eval.outliers import cluster_centres
-from posemap_fast.localize import ErrorModel, MapRefiner, RefinedAnswers, RefinedErrors
+from posemap_fast.localize import MapRefiner, RefinedAnswers, RefinedErrors
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import step_generator
 from posemap_fast.train import predict_poses
@@ -34,6 +35,8 @@ __all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 _DISPLACED = 1.0  # times the network's median error on validation
 _PLACES = 4  # that the validation views are split into
 _LEAST_VIEWS = 8  # of validation
+_INFLATION = 1.7  # of errors over the alignment's sigma: mean over validation views of three scenes
+_USUAL_PLACES = 8  # that it counts for
 _CHUNK = 8  # images whose poses are moved at once; bounds the memory
 
 
@@ -92,9 +95,10 @@ def calibrate_refined(
     starts = [network, displaced(validation.c2w, _DISPLACED * t, _DISPLACED * r, rng)]
     answers = _joined([_refine(refiner, validation.images, start, "calibrate", meter) for start in starts])
     errors = _errors(answers.c2w, validation.c2w.repeat(len(starts), 1, 1))
-    model, calibration = cross_fitted(net, answers, errors, _places(validation.c2w).repeat(len(starts)))
+    place = _places(validation.c2w).repeat(len(starts))
+    calibration = calibrate(errors[:, 0], errors[:, 1], answers.sigma, place, _usual_scores())
     factors = {key: values for key, values in calibration.to_dict().items() if key != "n_views"}
-    return RefinedErrors(refiner.config, model, factors)
+    return RefinedErrors(refiner.config, factors)
 
 
 def _places(c2w: torch.Tensor) -> torch.Tensor:
@@ -103,30 +107,10 @@ def _places(c2w: torch.Tensor) -> torch.Tensor:
     return torch.cdist(positions, cluster_centres(positions, _PLACES)).argmin(dim=1)
 
 
-def cross_fitted(
-    net: APRNet, answers: RefinedAnswers, errors: torch.Tensor, place: torch.Tensor
-) -> tuple[ErrorModel, Calibration]:
-    """The error model of all answers, and the factors that models of the other places ask for.
-
-    Args:
-        answers: (n,) on the CPU.
-        errors: (n, 2) of them.
-        place: (n,) number of where they were taken.
-    """
-    sigma = torch.zeros(len(place), 2, dtype=torch.float64)
-    for k in place.unique().tolist():
-        here = place == k
-        sigma[here] = _fit(net, answers, errors, ~here).sigma(*_select(answers, here).evidence())
-    return _fit(net, answers, errors, place >= 0), calibrate(errors[:, 0], errors[:, 1], sigma, place)
-
-
-def _fit(net: APRNet, answers: RefinedAnswers, errors: torch.Tensor, chosen: torch.Tensor) -> ErrorModel:
-    no_support = torch.zeros(0, 4, 4)
-    return ErrorModel.fit(no_support, net.pose_frame, *_select(answers, chosen).evidence(), errors[chosen])
-
-
-def _select(answers: RefinedAnswers, chosen: torch.Tensor) -> RefinedAnswers:
-    return RefinedAnswers(*(values[chosen] for values in answers))
+def _usual_scores() -> KnownScores:
+    """Lengths of three-dimensional Gaussian errors over `_INFLATION` less than their standard deviation."""
+    draws = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return KnownScores(_INFLATION * draws.norm(dim=1) / 3**0.5, _USUAL_PLACES)
 
 
 def _joined(parts: Sequence[RefinedAnswers]) -> RefinedAnswers:
@@ -159,7 +143,7 @@ def score_refined(
     begin = time.perf_counter()
     answers = _refine(refiner, test.images, start, "score", meter)
     ms = 1000 * (time.perf_counter() - begin) / len(test.images)
-    found, sigma = _errors(answers.c2w, test.c2w), errors.model.sigma(*answers.evidence())
+    found, sigma = _errors(answers.c2w, test.c2w), answers.sigma
     trust = {
         key: reliability(found[:, k], sigma[:, k], {float(level): v for level, v in errors.factors[key].items()})
         for k, key in enumerate(("t", "r"))

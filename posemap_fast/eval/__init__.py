@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posemap_fast.eval.baselines import mean_pose_baseline, nearest_view_baseline, nearest_views
-from posemap_fast.eval.calibration import Calibration, Reliability, calibrate, reliability, widest
+from posemap_fast.eval.calibration import Calibration, KnownScores, Reliability, calibrate, reliability, widest
 from posemap_fast.eval.metrics import RECALL_THRESHOLDS, pose_errors, psnr_db, ssim, summarize
 from posemap_fast.eval.outliers import outlier_order
 from posemap_fast.eval.pictures import pca_image
@@ -16,6 +16,7 @@ __all__ = [
     "PUBLISHED",
     "RECALL_THRESHOLDS",
     "Calibration",
+    "KnownScores",
     "PublishedResult",
     "Reliability",
     "ReportData",

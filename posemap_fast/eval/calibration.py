@@ -6,20 +6,21 @@ score holds a new view's error with probability >= level, as long as it is drawn
 
 Views of one place are alike, and a new view comes from a new place: with views in K groups, and F_k the share of the
 scores of group k that are at most q, q is the smallest one with (F_1 + ... + F_K) / (K + 1) >= level (Lee, Barber and
-Willett 2023, arXiv:2306.06342). With a group for each view it is the above.
+Willett 2023, arXiv:2306.06342). With a group for each view it is the above. Scores that are known from elsewhere may
+stand for further groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from posemap_fast.errors import ShapeError
 
-__all__ = ["LEVELS", "Calibration", "Reliability", "calibrate", "reliability", "widest"]
+__all__ = ["LEVELS", "Calibration", "KnownScores", "Reliability", "calibrate", "reliability", "widest"]
 
 LEVELS = (0.5, 0.68, 0.9)  # shares of errors that the intervals are to hold
 
@@ -39,6 +40,13 @@ class Calibration:
             "r": {str(level): value for level, value in self.rotation.items()},
             "n_views": self.n_views,
         }
+
+
+class KnownScores(NamedTuple):
+    """What is known of errors over sigma before a view of the scene is seen."""
+
+    scores: torch.Tensor  # (m,) of a usual place
+    n_places: int  # that they count for
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,11 @@ class Reliability:
 
 
 def calibrate(
-    t_err: torch.Tensor, r_err: torch.Tensor, sigma: torch.Tensor, groups: torch.Tensor | None = None
+    t_err: torch.Tensor,
+    r_err: torch.Tensor,
+    sigma: torch.Tensor,
+    groups: torch.Tensor | None = None,
+    known: KnownScores | None = None,
 ) -> Calibration:
     """Factors from validation errors.
 
@@ -72,11 +84,22 @@ def calibrate(
         t_err, r_err: (n,) errors, units as sigma's.
         sigma: (n, 2) > 0, of translation and rotation.
         groups: (n,) number of the place that each view belongs to; None: each is a place of its own.
+        known: scores of further places.
     """
     _check(t_err, r_err, sigma, groups)
     place = torch.arange(len(t_err)) if groups is None else groups
-    scores = (t_err.double() / sigma[:, 0].double(), r_err.double() / sigma[:, 1].double())
-    translation, rotation = ({level: _quantile(s, place, level) for level in LEVELS if len(s)} for s in scores)
+    _, place, sizes = torch.unique(place, return_inverse=True, return_counts=True)
+    shares = (1 / sizes.double())[place]
+    n_places = len(sizes)
+    scores = [t_err.double() / sigma[:, 0].double(), r_err.double() / sigma[:, 1].double()]
+    if known is not None:
+        scores = [torch.cat([s, known.scores.double()]) for s in scores]
+        n_places += known.n_places
+        rest = torch.full((len(known.scores),), known.n_places / len(known.scores), dtype=torch.float64)
+        shares = torch.cat([shares, rest])
+    translation, rotation = (
+        {level: _quantile(s, shares, level * (n_places + 1)) for level in LEVELS if len(s)} for s in scores
+    )
     return Calibration(translation, rotation, len(t_err))
 
 
@@ -93,12 +116,10 @@ def widest(*calibrations: Calibration) -> Calibration:
     )
 
 
-def _quantile(scores: torch.Tensor, place: torch.Tensor, level: float) -> float:
-    """The conformal quantile; the largest score where there are too few views or places for the level."""
-    _, place, sizes = torch.unique(place, return_inverse=True, return_counts=True)
+def _quantile(scores: torch.Tensor, shares: torch.Tensor, wanted: float) -> float:
+    """The smallest score up to which the shares sum up to what is wanted; the largest where they do not."""
     order = scores.argsort(stable=True)
-    share = (1 / sizes.double())[place[order]].cumsum(dim=0)  # F_1 + ... + F_K at each score
-    reached = share >= level * (len(sizes) + 1) - 1e-9
+    reached = shares[order].cumsum(dim=0) >= wanted - 1e-9
     return float(scores[order[int(reached.double().argmax()) if bool(reached.any()) else -1]])
 
 

@@ -10,8 +10,7 @@ d_t and d_R are the distance (in units of the pose frame) and the angle (radians
   of the network, and where they disagree one of them is wrong. (Distances to training poses say nothing there.)
 
 The weights are fitted (Laplace likelihood) on fresh random views from all distances; intervals are scaled by conformal
-quantiles on other views. Answers that the map corrects use the same model with evidence of their own
-(`localize.refined`).
+quantiles on other views.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from posemap_fast.apr import PoseFrame
 from posemap_fast.geometry import rotation_angle_deg
 
-__all__ = ["ErrorModel"]
+__all__ = ["ErrorModel", "scaled_sigma"]
 
 _LEVEL = "0.68"  # that the sigma of an answer stands for
 _FLOOR = 0.02  # e: distances below it are all alike
@@ -33,6 +32,13 @@ _MAX_SUPPORT = 1024  # training poses kept, evenly spread
 _CHUNK = 64  # poses compared with the training poses at a time
 _FIT_STEPS = 200
 _RIDGE = 1e-3  # on the weights: their inputs may be collinear
+
+
+def scaled_sigma(factors: Mapping[str, Mapping[str, float]], sigma: torch.Tensor) -> tuple[float | None, float | None]:
+    """Sizes that 68 % of errors are meant to stay below: sigma (2,) times the factors of that level; None without."""
+    expected = sigma.tolist()
+    t, r = (factors.get(key, {}).get(_LEVEL) for key in ("t", "r"))
+    return (None, None) if t is None or r is None else (t * expected[0], r * expected[1])
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,7 @@ class ErrorModel:
             factors: of the calibration: `t`, `r` -> level, as text -> factor; None is told where that level is missing.
             c2w, head_c2w, log_sigma: as of `sigma`, n >= 1.
         """
-        expected = self.sigma(c2w[:1], head_c2w[:1], log_sigma[:1])[0].tolist()
-        t, r = (factors.get(key, {}).get(_LEVEL) for key in ("t", "r"))
-        return (None, None) if t is None or r is None else (t * expected[0], r * expected[1])
+        return scaled_sigma(factors, self.sigma(c2w[:1], head_c2w[:1], log_sigma[:1])[0])
 
     def distances(self, c2w: torch.Tensor, head_c2w: torch.Tensor) -> torch.Tensor:
         """(n, 2) d_t and d_R of answers (n, 4, 4), for a head that said `head_c2w`: pose-frame units and radians."""

@@ -2,9 +2,8 @@
 
     image -> PoseRegressor -> pose -> moved until the map looks like the image from there (`render.refine_poses`)
 
-A regression cannot tell that it is wrong; a picture of the map at its answer can. Errors of the end are told from how
-far the pose had to be moved and from the covariance of the alignment, which grows with what picture and image still
-differ by: in the `ErrorModel` the network's pose takes the place of the head's, and that covariance of its sigma.
+A regression cannot tell that it is wrong; a picture of the map at its answer can. What error to expect of the end is
+told by the alignment itself, by how far parts of the picture pull the pose apart (`render.picture_alignment`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from posemap_fast.config import from_dict, to_dict
 from posemap_fast.errors import FileFormatError
 from posemap_fast.fields import luminance_histogram
 from posemap_fast.files import write_text
-from posemap_fast.localize.error_model import ErrorModel
+from posemap_fast.geometry import rotation_angle_deg
+from posemap_fast.localize.error_model import scaled_sigma
 from posemap_fast.localize.localizer import PoseAnswer, PoseRegressor
 from posemap_fast.localize.scene_map import SceneMap
 from posemap_fast.render import ImagePoseConfig, refine_poses
@@ -39,14 +39,9 @@ class RefinedAnswers(NamedTuple):
     """Poses after render and compare."""
 
     c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame: the end, or the start where the end was no closer
-    start: torch.Tensor  # (n, 4, 4)
-    end: torch.Tensor  # (n, 4, 4) finite
     difference: torch.Tensor  # (n,) of picture and image at `c2w`, see `render.RefinedPoses`
-    sigma: torch.Tensor  # (n, 2) of `end`, likewise
-
-    def evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `ErrorModel` tells errors from: ends, starts, and the logarithm of `sigma`."""
-        return self.end, self.start, self.sigma.clamp(min=1e-9).log()
+    sigma: torch.Tensor  # (n, 2) standard deviation, world units and degrees, see `render.RefinedPoses`; where the end
+    # was no closer it is at least what lies between start and end
 
 
 class MapRefiner:
@@ -66,7 +61,7 @@ class MapRefiner:
     def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
         """All at once: (n, H, W, 3) uint8 images of the map's camera (any size), poses (n, 4, 4) near them -> ends."""
         if len(start) == 0:
-            return RefinedAnswers(start, start, start, start.new_zeros(0), start.new_zeros(0, 2))
+            return RefinedAnswers(start, start.new_zeros(0), start.new_zeros(0, 2))
         found = self.scene_map
         device = next(found.nerfp.parameters()).device
         images, start = images.to(device), start.to(device=device, dtype=torch.float32)
@@ -76,8 +71,13 @@ class MapRefiner:
         moved = refine_poses(found.renderer, found.nerfp, found.camera, pictures, codes, start, self.config)
         is_closer = moved.difference < moved.difference_before  # else it went astray
         difference = torch.where(is_closer, moved.difference, moved.difference_before)
-        end = torch.where(torch.isfinite(moved.c2w).all(dim=(1, 2), keepdim=True), moved.c2w, start)
-        return RefinedAnswers(torch.where(is_closer[:, None, None], end, start), start, end, difference, moved.sigma)
+        c2w = torch.where(is_closer[:, None, None], moved.c2w, start)
+        apart = (moved.c2w[:, :3, 3] - start[:, :3, 3]).norm(dim=1)
+        turned = rotation_angle_deg(moved.c2w[:, :3, :3], start[:, :3, :3])
+        sigma = torch.where(
+            is_closer[:, None], moved.sigma, torch.maximum(moved.sigma, torch.stack([apart, turned], dim=1))
+        )
+        return RefinedAnswers(c2w, difference, sigma)
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,10 @@ class RefinedErrors:
 
     Attributes:
         config: schedule of the answers that were judged.
-        model: expected errors by `RefinedAnswers.evidence`.
-        factors: `t`, `r` -> level, as text -> factor on what the model expects.
+        factors: `t`, `r` -> level, as text -> factor on the sigma of the answers.
     """
 
     config: ImagePoseConfig
-    model: ErrorModel
     factors: Mapping[str, Mapping[str, float]]
 
     def save(self, path: Path, report: Mapping[str, Any]) -> None:
@@ -99,7 +97,6 @@ class RefinedErrors:
         stored = {
             "version": _VERSION,
             "config": to_dict(self.config),
-            "errors": self.model.to_dict(),
             "calibration": {key: dict(levels) for key, levels in self.factors.items()},
             **report,
         }
@@ -119,14 +116,11 @@ class RefinedErrors:
                 raise FileFormatError(
                     f"{path}: of version {stored['version']}, this program reads {_VERSION}; run 'posemap refine' again"
                 )
-            model = ErrorModel.from_dict(stored["errors"], torch.zeros(0, 4, 4))
             factors = {
                 key: {level: float(factor) for level, factor in stored["calibration"][key].items()}
                 for key in ("t", "r")
             }
-            if model.weights.shape != (2, 4) or not bool(torch.isfinite(model.weights).all()):
-                raise ValueError("weights")
-            return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), model, factors)
+            return cls(from_dict(ImagePoseConfig, stored["config"], str(path)), factors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{path}: not what 'posemap refine' writes; run it again") from error
 
@@ -157,8 +151,7 @@ class RefinedRegressor:
         first = self.regressor.localize(image)
         begin = time.perf_counter()
         answers = self.refiner.refine(image[None], first.c2w[None])
-        known = self.errors
-        sigma = (None, None) if known is None else known.model.first_sigma(known.factors, *answers.evidence())
+        sigma = (None, None) if self.errors is None else scaled_sigma(self.errors.factors, answers.sigma[0])
         elapsed = first.ms + 1000 * (time.perf_counter() - begin)
         return dataclasses.replace(
             first, c2w=answers.c2w[0].double().cpu(), sigma_t_m=sigma[0], sigma_r_deg=sigma[1], ms=elapsed

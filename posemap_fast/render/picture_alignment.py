@@ -10,6 +10,12 @@ is solved by Levenberg and Marquardt's steps with Huber's weights (as photometri
 hundredth of a rendering and its backward pass, and comes closer than tens of steps of gradient descent (iNeRF,
 arXiv:2012.05877). What the points hide from each other and what changes with the view is right at the picture's own
 pose only, so pictures are rendered anew between the rounds (`render.image_pose`).
+
+Where a map is wrong it is wrong for many pixels together, so residuals are not independent and (J^T W J)^-1 promises
+ten times too much. How far parts b of the picture pull the pose apart tells more: the sandwich of a cluster-robust
+covariance (Liang and Zeger 1986),
+
+    H = J^T W J,     g_b = sum of J_i^T W r_i over part b,     covariance = H^-1 (sum_b g_b g_b^T) H^-1
 """
 
 from __future__ import annotations
@@ -29,7 +35,9 @@ _LEAST_CONTRAST = 0.005  # below it, noise is not taken for a picture
 _LEAST_VISIBLE = 0.4  # share of the weight of a picture's points that the image must show
 _MARGIN_PX = 1.0  # at the image's border, where it has no gradient
 _DAMPING, _LESS, _MORE = 1e-3, 0.3, 10.0  # at first; after a step that helped, and after one that did not
-_UNKNOWN = 1e6  # standard deviation, times the unit, of what the image says nothing of
+_PARTS = 4  # rows and columns of parts of a picture, whose errors are independent of each other's
+_LEAST_SIGMA = 1e-9  # a divisor
+_UNKNOWN = 1e6  # standard deviation, in units and radians, of what the image says nothing of
 
 
 class Picture(NamedTuple):
@@ -45,7 +53,7 @@ class AlignedPoses(NamedTuple):
 
     c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame
     residual: torch.Tensor  # (n,) Huber distance of image and points, mean over the visible ones
-    sigma: torch.Tensor  # (n, 2) standard deviation of the pose, world units and degrees, by J^T W J and the residual
+    sigma: torch.Tensor  # (n, 2) standard deviation of the pose, world units and degrees
 
 
 class _View(NamedTuple):
@@ -94,7 +102,7 @@ def align_to_images(
         view = _View(*(_chosen(is_better, a, b) for a, b in zip(new, view, strict=True)))
     rotation, centre = c2w[:, :3, :3], c2w[:, :3, 3]
     end = make_c2w(rotation @ turn, centre + (rotation @ move[..., None])[..., 0])
-    return AlignedPoses(end, view.cost, _sigma(_normal_equations(camera, view)[0], view))
+    return AlignedPoses(end, view.cost, _sigma(camera, view))
 
 
 def _look(
@@ -124,20 +132,23 @@ def _look(
     )
 
 
-def _normal_equations(camera: Camera, view: _View) -> tuple[torch.Tensor, torch.Tensor]:
-    """J^T W J (n, 6, 6) and J^T W r (n, 6), in float64, for turns and moves in the camera's own axes."""
+def _pulls(camera: Camera, view: _View) -> tuple[torch.Tensor, torch.Tensor]:
+    """Jacobian (n, 3, p, 6) of the residuals and W J likewise, for turns and moves in the camera's own axes."""
     x, y, _ = view.local.unbind(dim=-1)
     inverse, zero = view.inverse_depth, torch.zeros_like(x)
     du = camera.fx * torch.stack([inverse, zero, -x * inverse * inverse], dim=-1)  # (n, p, 3): du/dX
     dv = camera.fy * torch.stack([zero, inverse, -y * inverse * inverse], dim=-1)
     du, dv = (torch.cat([torch.linalg.cross(d, view.local), -d], dim=-1) for d in (du, dv))  # X' = X - w x X - t
-    jacobian = view.slope_x[..., None] * du[:, None] + view.slope_y[..., None] * dv[:, None]  # (n, 3, p, 6)
-    size = view.residuals.abs()
-    weights = view.weights[:, None] * (_HUBER_DELTA / size.clamp(min=_HUBER_DELTA))
-    weighted = (jacobian * weights[..., None]).flatten(1, 2)
-    hessian = weighted.transpose(1, 2) @ jacobian.flatten(1, 2)
-    gradient = (weighted * view.residuals.flatten(1)[..., None]).sum(dim=1)
-    return hessian.double(), gradient.double()
+    jacobian = view.slope_x[..., None] * du[:, None] + view.slope_y[..., None] * dv[:, None]
+    weights = view.weights[:, None] * (_HUBER_DELTA / view.residuals.abs().clamp(min=_HUBER_DELTA))
+    return jacobian, jacobian * weights[..., None]
+
+
+def _normal_equations(camera: Camera, view: _View) -> tuple[torch.Tensor, torch.Tensor]:
+    """J^T W J (n, 6, 6) and J^T W r (n, 6), in float64."""
+    jacobian, weighted = _pulls(camera, view)
+    hessian = weighted.flatten(1, 2).transpose(1, 2) @ jacobian.flatten(1, 2)
+    return hessian.double(), (weighted * view.residuals[..., None]).sum(dim=(1, 2)).double()
 
 
 def _solve(hessian: torch.Tensor, gradient: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
@@ -148,15 +159,21 @@ def _solve(hessian: torch.Tensor, gradient: torch.Tensor, damping: torch.Tensor)
     return torch.nan_to_num(step[..., 0], nan=0.0, posinf=0.0, neginf=0.0).float()
 
 
-def _sigma(hessian: torch.Tensor, view: _View) -> torch.Tensor:
+def _sigma(camera: Camera, view: _View) -> torch.Tensor:
     """Standard deviations (n, 2) of translation and rotation; large where the image says nothing."""
-    spread = 2 * torch.where(torch.isfinite(view.cost), view.cost, torch.ones_like(view.cost)).double()
+    jacobian, weighted = _pulls(camera, view)
+    hessian = (weighted.flatten(1, 2).transpose(1, 2) @ jacobian.flatten(1, 2)).double()
+    pulls = (weighted * view.residuals[..., None]).sum(dim=1)  # (n, p, 6)
+    rows, cols = (_PARTS * torch.arange(size, device=pulls.device) // size for size in (camera.height, camera.width))
+    part = (_PARTS * rows[:, None] + cols).flatten()
+    parts = pulls.new_zeros(len(pulls), _PARTS**2, 6).index_add_(1, part, pulls).double()
     floor = 1e-12 + 1e-9 * hessian.diagonal(dim1=1, dim2=2).amax(dim=1)
     eye = torch.eye(6, dtype=hessian.dtype, device=hessian.device)
     inverse, _ = torch.linalg.inv_ex(hessian + floor[:, None, None] * eye)
-    variances = inverse.diagonal(dim1=1, dim2=2) * spread[:, None]
+    variances = (inverse @ parts.transpose(1, 2) @ parts @ inverse).diagonal(dim1=1, dim2=2)
     sigma = torch.stack([variances[:, 3:].sum(dim=1), variances[:, :3].sum(dim=1)], dim=1).clamp(min=0).sqrt()
-    sigma = torch.nan_to_num(sigma, nan=_UNKNOWN, posinf=_UNKNOWN).clamp(max=_UNKNOWN)
+    sigma = torch.nan_to_num(sigma, nan=_UNKNOWN, posinf=_UNKNOWN).clamp(_LEAST_SIGMA, _UNKNOWN)
+    sigma = torch.where(torch.isfinite(view.cost)[:, None], sigma, torch.full_like(sigma, _UNKNOWN))
     return torch.stack([sigma[:, 0], torch.rad2deg(sigma[:, 1])], dim=1).float()
 
 

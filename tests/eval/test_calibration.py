@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posemap_fast.errors import ShapeError
-from posemap_fast.eval import Calibration, calibrate, reliability, widest
+from posemap_fast.eval import Calibration, KnownScores, calibrate, reliability, widest
 from posemap_fast.eval.calibration import LEVELS
 
 
@@ -146,6 +146,16 @@ def test_views_of_few_places_ask_for_more_and_a_new_place_is_held_as_often_as_sa
         held.append([float((scores[12] <= factor[level]).float().mean()) for level in (0.5, 0.9)])
     shares = torch.tensor(held).mean(dim=0).tolist()
     assert 0.5 <= shares[0] < 0.58 and 0.9 <= shares[1] < 0.99
+
+
+def test_scores_known_from_elsewhere_count_as_places() -> None:
+    errors, ones, place = torch.arange(1.0, 5.0), torch.ones(4, 2), torch.zeros(4)  # one place
+    assert calibrate(errors, errors, ones, place).translation[0.5] == 4.0  # too few places
+    known = KnownScores(torch.linspace(0.1, 1.0, 10), 3)
+    found = calibrate(errors, errors, ones, place, known)
+    assert found.n_views == 4 and found.translation[0.5] == pytest.approx(0.9)  # 2.5 of 4 places: 0.83 of the known
+    assert found.translation[0.68] == 2.0  # 3.4 places: the known ones, and 0.4 of ours
+    assert calibrate(errors[:0], errors[:0], ones[:0], None, known).rotation[0.5] == pytest.approx(0.7)
 
 
 def test_places_must_be_one_per_view() -> None:
