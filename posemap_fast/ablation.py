@@ -33,9 +33,16 @@ from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import REFINEMENT, MapRefiner, SceneMap
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
-from posemap_fast.results import environment, git_commit, model_errors, reliability_of, render_test_views
+from posemap_fast.results import (
+    JudgedFrames,
+    environment,
+    git_commit,
+    model_errors,
+    reliability_of,
+    render_test_views,
+)
 from posemap_fast.stages import SceneStages, read_scene
-from posemap_fast.train import MetricsLog, OnlineMap, Predictions, predict_poses
+from posemap_fast.train import MetricsLog, OnlineMap, predict_poses
 
 __all__ = ["Ablation", "AblationRow", "load_ablation", "run_ablation"]
 
@@ -243,11 +250,12 @@ class _SceneRunner:
         stages.folder = self.folder / "networks" / network  # rows that differ in their alignment only share it
         net = stages.network("apr", config.apr, online, scene_map.pose_frame)
         before = self._score(name, net, stages, stages.seconds["apr"])
-        if row.align:
-            stages.config = dataclasses.replace(config, protocol=row.align)
-            stages.folder = stages.folder / _digest([to_dict(config.align), row.align])
-        judged = stages.cross_align(net, online) if row.align and self.intervals else None
-        entries = [before | self._trust(net, stages, online, judged and (judged.before, judged.c2w))]
+        protocol = row.align or "inductive"
+        stages.config = dataclasses.replace(config, protocol=protocol)
+        stages.folder = stages.folder / _digest([to_dict(config.align), protocol])
+        judged = stages.cross_align(net, online) if self.intervals else None
+        known = judged and JudgedFrames(judged.before, judged.c2w, judged.is_known)
+        entries = [before | self._trust(net, stages, online, known)]
         has_unlabelled = len(stages.views["unlabelled"]) > 0
         if row.align and has_unlabelled:
             entries.append(self._score(f"{name}, on the unlabelled frames", net, stages, 0.0, "unlabelled"))
@@ -255,7 +263,8 @@ class _SceneRunner:
             stages.seconds.pop("align", None)
             aligned = stages.align(net, online)
             entry = self._score(f"{name}, aligned", aligned, stages, stages.seconds.get("align", 0.0))
-            entries.append(entry | self._trust(aligned, stages, online, judged and (judged.aligned, judged.c2w)))
+            known = judged and JudgedFrames(judged.aligned, judged.c2w, judged.is_known)
+            entries.append(entry | self._trust(aligned, stages, online, known))
             if has_unlabelled:
                 label = f"{name}, aligned, on the unlabelled frames"
                 entries.append(self._score(label, aligned, stages, 0.0, "unlabelled"))
@@ -290,11 +299,7 @@ class _SceneRunner:
         return self._entry(name, answer, stages.scene, seconds, split)
 
     def _trust(
-        self,
-        net: APRNet,
-        stages: SceneStages,
-        online: OnlineMap,
-        unlabelled: tuple[Predictions, torch.Tensor] | None,
+        self, net: APRNet, stages: SceneStages, online: OnlineMap, unlabelled: JudgedFrames | None
     ) -> dict[str, Any]:
         """How the intervals of a network do on the test views, where that is asked for; `model_errors` has the rest."""
         if not self.intervals:

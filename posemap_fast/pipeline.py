@@ -76,7 +76,7 @@ def _run_stages(run: RunDirectory, stages: SceneStages) -> dict[str, Any]:
     judged = stages.cross_align(nets["apr"], online)
     unseen = stages.unseen_views(online, nets["apr"].config.input_size)
     with stages.timed("evaluate"):
-        unlabelled = None if judged is None else (judged.aligned, judged.c2w)
+        unlabelled = None if judged is None else results.JudgedFrames(judged.aligned, judged.c2w, judged.is_known)
         outcome = results.evaluate(scene_map, nets, views, scene, unseen, unlabelled, stages.meter)
     _save_localizer(run, scene, nets["aligned"], outcome)
     summary = results.summarize_run(run, scene, estimate, field_stage, outcome, stages.seconds)

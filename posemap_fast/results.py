@@ -45,6 +45,7 @@ from posemap_fast.run_dir import RunDirectory
 from posemap_fast.train import FieldStage, MetricsLog, Predictions, TrainingViews, predict, predict_poses
 
 __all__ = [
+    "JudgedFrames",
     "Outcome",
     "PoseErrors",
     "evaluate",
@@ -138,7 +139,7 @@ def evaluate(
     views: dict[str, TrainingViews],
     scene: Scene,
     random: tuple[torch.Tensor, torch.Tensor],
-    unlabelled: tuple[Predictions, torch.Tensor] | None,
+    unlabelled: JudgedFrames | None,
     meter: ProgressMeter,
 ) -> Outcome:
     """Render every test view and let every method answer for every test image; more arguments: see `model_errors`."""
@@ -160,11 +161,19 @@ def evaluate(
     return Outcome(pictures.psnr_db, pictures.ssim, pictures.renders, maps, errors, model, calibration, trust)
 
 
+class JudgedFrames(NamedTuple):
+    """Answers for frames without labels; see `stages.CrossAligned`."""
+
+    found: Predictions  # (n,) on the CPU, as the rest
+    c2w: torch.Tensor  # (n, 4, 4) where the map says that they are
+    is_known: torch.Tensor  # (n,) bool, of some: errors of the others count as the largest one
+
+
 def model_errors(
     net: APRNet,
     views: dict[str, TrainingViews],
     random: tuple[torch.Tensor, torch.Tensor],
-    unlabelled: tuple[Predictions, torch.Tensor] | None = None,
+    unlabelled: JudgedFrames | None = None,
 ) -> tuple[ErrorModel, Calibration]:
     """The error model of a network, and the calibration of its intervals.
 
@@ -175,8 +184,7 @@ def model_errors(
 
     Args:
         random: poses (n, 4, 4) and images (n, h, w, 3) uint8 that the network was not trained on.
-        unlabelled: answers for frames that `net`, or one like it, has not learnt, and their poses (n, 4, 4), see
-            `stages.CrossAligned`.
+        unlabelled: frames that `net`, or one like it, has not learnt.
     """
     validation = views["val"]
     found, errors = _with_errors(net, random[1], random[0])
@@ -184,7 +192,9 @@ def model_errors(
     train = views["train"].c2w if net.refiner is None else views["train"].c2w[:0]
     model = ErrorModel.fit(train, net.pose_frame, *halves[0][0], halves[0][1])
     if unlabelled is not None:
-        return model, _calibrated(model, *_compared(*unlabelled))
+        found, errors = _compared(unlabelled.found, unlabelled.c2w)
+        largest = errors[unlabelled.is_known].amax(dim=0)
+        return model, _calibrated(model, found, torch.where(unlabelled.is_known[:, None], errors, largest))
     return model, widest(
         _calibrated(model, *halves[1]), _calibrated(model, *_with_errors(net, validation.images, validation.c2w))
     )

@@ -6,6 +6,7 @@ and nothing in it is written over.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from posemap_fast.experiment import ExperimentConfig
 from posemap_fast.files import write_text
 
 __all__ = ["RunDirectory", "RunIdentity"]
+
+_REMOVED = tuple(("align", "image_pose", key) for key in ("blur_px", "step_t", "step_r_deg"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class RunDirectory:
         values = dict(stored["config"])
         if str(values.get("device")).startswith("cuda") and not torch.cuda.is_available():
             values["device"] = "cpu"
-        config = from_dict(ExperimentConfig, values, str(path))
+        config = from_dict(ExperimentConfig, _without_removed(values), str(path))
         return cls(root, RunIdentity(stored["scene"], stored["preset"], stored["seed"], config), is_checked=False)
 
     def checkpoint(self, name: str) -> Path:
@@ -139,6 +142,18 @@ class RunDirectory:
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
         return handler
+
+
+def _without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys that runs of earlier versions hold and that nothing asks for any more."""
+    values = copy.deepcopy(values)
+    for *path, key in _REMOVED:
+        found: Any = values
+        for part in path:
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            found.pop(key, None)
+    return values
 
 
 def _read(path: Path, mend: str) -> dict[str, Any]:

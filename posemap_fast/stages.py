@@ -87,6 +87,7 @@ class CrossAligned(NamedTuple):
     before: Predictions  # (n,) of the network before alignment
     aligned: Predictions  # (n,) of networks aligned on the other half of the frames
     c2w: torch.Tensor  # (n, 4, 4) camera-to-world, world frame
+    is_known: torch.Tensor  # (n,) bool: the map came to look like the frame from there
 
 
 class SceneStages:
@@ -307,27 +308,33 @@ class SceneStages:
 
         These are photographs from where the localizer will be asked, which validation views, beside the training
         views, and random views are not. Their poses are those that render and compare finds, which are several times
-        as exact as the network; no true pose is read.
+        as exact as the network; no true pose is read. Halves are every other frame: where frames follow each other
+        closely, both have seen the same places.
 
         Returns:
-            None where there are too few such frames, or where alignment does not find their poses (`paper`).
+            None where there are too few such frames, where they are the test frames (`transductive`), whose errors
+            are not to decide what they are judged by, or where alignment does not find their poses (`paper`).
         """
-        images = self._unlabelled().images
-        if len(images) < _LEAST_UNLABELLED or self.config.align.method == "paper":
+        config, images = self.config.align, self.views["unlabelled"].images
+        share = min(1.0, 2 * config.share)  # of a half: as many frames as the localizer learns
+        if (
+            share * len(images) < _LEAST_UNLABELLED
+            or self.config.protocol == "transductive"
+            or config.method == "paper"
+        ):
             return None
-        halves = [images[k::2] for k in range(2)]
-        found, poses = [], []
-        for k, half in enumerate(halves):
-            stage = self._align_stage(net, online, half, f"align_half_{k}", 1.0)
+        halves = [self._align_stage(net, online, images[k::2], f"align_half_{k}", share) for k in range(2)]
+        nets = [self._aligned(stage) for stage in halves]
+        before, aligned, poses, known = [], [], [], []
+        for stage, other in zip(halves, nets[::-1], strict=True):
             assert isinstance(stage, DistilAlignStage)
-            found.append(predict(self._aligned(stage), halves[1 - k]))
+            before.append(predict(net, stage.images))
+            aligned.append(predict(other, stage.images))
             poses.append(stage.poses)
-        before = [predict(net, half) for half in halves]
-        return CrossAligned(
-            Predictions(*(torch.cat(parts) for parts in zip(*before, strict=True))),
-            Predictions(*(torch.cat(parts) for parts in zip(*found[::-1], strict=True))),
-            torch.cat(poses),
-        )
+            known.append(torch.zeros(len(stage.poses), dtype=torch.bool).index_fill_(0, stage.trusted().cpu(), True))
+        if int(torch.cat(known).sum()) < _LEAST_UNLABELLED:
+            return None
+        return CrossAligned(_joined(before), _joined(aligned), torch.cat(poses).cpu(), torch.cat(known))
 
     def _unlabelled(self) -> TrainingViews:
         return self.views["test" if self.config.protocol == "transductive" else "unlabelled"]
@@ -346,6 +353,10 @@ class SceneStages:
         self._train(stage)
         stage.net.load_state_dict(stage.best.state["net"])
         return stage.net.eval()
+
+
+def _joined(parts: list[Predictions]) -> Predictions:
+    return Predictions(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
 def _network_size(camera: Camera, side: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from posemap_fast.cli import main
 from posemap_fast.data import load_scene
@@ -216,6 +217,9 @@ def test_refined_answers_are_judged_and_then_carry_their_own_sigma(movable: Path
     image = str(write_photograph(tmp_path))
     assert main(["localize", str(movable), image]) == 0
     plain = json.loads(capsys.readouterr().out)
+    config = yaml.safe_load((movable / "config.yaml").read_text())
+    config["config"]["align"]["image_pose"] |= {"blur_px": [2.0, 0.5], "step_t": 0.01}  # as earlier versions had
+    (movable / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["refine", str(movable), *REFINE]) == 0
     assert "90th percentile of the surest half" in capsys.readouterr().out
     stored = json.loads((movable / "refined.json").read_text())
@@ -248,7 +252,7 @@ def test_refining_needs_a_finished_run_its_scene_and_its_map(movable: Path, tmp_
 
     image = write_view(tmp_path)
     assert "needs the map beside" in failure("localize", movable / "localizer.pmnet", image, "--refine")
-    assert "rows >= 4" in failure("refine", movable, "--rows", "2")
+    assert "rows >= 8" in failure("refine", movable, "--rows", "2")
     assert "no config.yaml" in failure("refine", tmp_path)
     good = {"version": 2, "config": {}}
     (movable / "refined.json").write_text('{"version": 7}')

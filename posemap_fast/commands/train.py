@@ -119,8 +119,9 @@ def _train_scene(options: argparse.Namespace, identity: str, out: Path, override
     print_table(summary, console)
     state = "already done" if was_finished else "done"
     console.print(f"{state}: {out}  (open report.html for pictures)", soft_wrap=True)
-    if not was_finished and not options.dataset:
-        console.print(f"closer answers, a part of a second each on a CPU: posemap refine {out}", soft_wrap=True)
+    if not was_finished and options.root is None:
+        console.print(f"several times closer, and slower: posemap localize {out} IMAGE --refine", soft_wrap=True)
+        console.print(f"what that is worth here: posemap refine {out}", soft_wrap=True)
     return summary
 
 

@@ -87,15 +87,15 @@ def calibrate(
         known: scores of further places.
     """
     _check(t_err, r_err, sigma, groups)
-    place = torch.arange(len(t_err)) if groups is None else groups
+    place = torch.arange(len(t_err), device=t_err.device) if groups is None else groups.to(t_err.device)
     _, place, sizes = torch.unique(place, return_inverse=True, return_counts=True)
     shares = (1 / sizes.double())[place]
     n_places = len(sizes)
     scores = [t_err.double() / sigma[:, 0].double(), r_err.double() / sigma[:, 1].double()]
     if known is not None:
-        scores = [torch.cat([s, known.scores.double()]) for s in scores]
+        scores = [torch.cat([s, known.scores.to(s)]) for s in scores]
         n_places += known.n_places
-        rest = torch.full((len(known.scores),), known.n_places / len(known.scores), dtype=torch.float64)
+        rest = torch.full_like(known.scores.to(shares), known.n_places / len(known.scores))
         shares = torch.cat([shares, rest])
     translation, rotation = (
         {level: _quantile(s, shares, level * (n_places + 1)) for level in LEVELS if len(s)} for s in scores

@@ -24,8 +24,9 @@ __all__ = ["ImagePoseConfig", "RefinedPoses", "refine_poses"]
 _ROUNDS = ((4, 2.5), (4, 1.2), (2, 1.0), (1, 0.8))  # part of the rows, and blur in px of the smaller picture
 _JUDGED = 2  # part of the rows at which start and end are compared
 _FEWEST_ROWS = 24  # of smaller pictures
-_LEAST_ROWS = 4  # of the largest
+_LEAST_ROWS = 8  # of the largest
 _COARSENESS = 2.0  # ray steps are so many times as long as the map's: half the time, and poses as good
+_RAYS = 1 << 15  # rendered at a time; bounds the memory
 _FUZZY = 0.05  # spread of depth along a ray, share of the depth: such a pixel counts half
 
 
@@ -104,7 +105,7 @@ def _difference(
     codes: torch.Tensor | None,
 ) -> torch.Tensor:
     """(n,) of the map's pictures of this size and the images."""
-    pictures = _colours(_render(renderer, nerfp, size, c2w, codes), size, len(c2w))
+    pictures = _rendered(renderer, nerfp, size, c2w, codes).rgb
     blur = _ROUNDS[-1][1]
     apart = normalised(blurred(pictures, blur)) - normalised(blurred(_shrunk(images, size), blur))
     return huber(apart).mean(dim=(1, 2, 3))
@@ -114,15 +115,41 @@ def _picture(
     renderer: Renderer, nerfp: PoseField, size: Camera, c2w: torch.Tensor, codes: torch.Tensor | None
 ) -> Picture:
     """What the map looks like from `c2w`, with the place of each pixel."""
-    out, n = _render(renderer, nerfp, size, c2w, codes), len(c2w)
-    depth, spread = _depth(renderer, out)
-    weights = out.opacity / (1 + (spread / (_FUZZY * depth)).square())
+    seen = _rendered(renderer, nerfp, size, c2w, codes)
+    weights = seen.opacity / (1 + (seen.spread / (_FUZZY * seen.depth)).square())
     _, local = camera_rays(size, torch.eye(4).to(c2w), size.pixel_grid().to(c2w))
-    return Picture(_colours(out, size, n), local * depth.reshape(n, -1, 1), weights.reshape(n, -1))
+    return Picture(seen.rgb, local * seen.depth[..., None], weights)
+
+
+class _Rendered(NamedTuple):
+    """Pictures with what is known of their pixels' depths, world units along the ray."""
+
+    rgb: torch.Tensor  # (n, 3, h, w)
+    opacity: torch.Tensor  # (n, h * w)
+    depth: torch.Tensor  # (n, h * w) mean, > 0
+    spread: torch.Tensor  # (n, h * w) standard deviation
+
+
+def _rendered(
+    renderer: Renderer, nerfp: PoseField, size: Camera, c2w: torch.Tensor, codes: torch.Tensor | None
+) -> _Rendered:
+    n, n_pixels = len(c2w), size.height * size.width
+    rays_o, rays_d = camera_rays(size, c2w, size.pixel_grid().to(c2w))
+    rays_o, rays_d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)
+    appearance = None if codes is None else codes.repeat_interleave(n_pixels, dim=0)
+    parts = []
+    for first in range(0, len(rays_o), _RAYS):
+        part = slice(first, first + _RAYS)
+        code = None if appearance is None else appearance[part]
+        out = renderer.render_rays(nerfp, rays_o[part], rays_d[part], appearance=code)
+        parts.append(torch.cat([out.rgb, torch.stack([out.opacity, *_depth(renderer, out)], dim=1)], dim=1))
+    found = torch.cat(parts).reshape(n, n_pixels, 6)
+    rgb = found[..., :3].reshape(n, size.height, size.width, 3).permute(0, 3, 1, 2)
+    return _Rendered(rgb, *found[..., 3:].unbind(dim=-1))
 
 
 def _depth(renderer: Renderer, out: RayOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n_rays,) mean and standard deviation of the distance at which rays end, world units; > 0."""
+    """(n_rays,) mean and standard deviation of the distance at which rays end, world units; the mean is > 0."""
     opacity = out.opacity.clamp(min=1e-6)
     depth = (out.depth / opacity).clamp(min=1e-6)
     ends = out.samples.t_starts + out.samples.t_ends
@@ -130,17 +157,3 @@ def _depth(renderer: Renderer, out: RayOutput) -> tuple[torch.Tensor, torch.Tens
     apart = out.weights * (middles - depth[out.samples.ray_indices]).square()
     variance = torch.zeros_like(depth).index_add_(0, out.samples.ray_indices, apart) / opacity
     return depth, variance.clamp(min=0).sqrt()
-
-
-def _render(
-    renderer: Renderer, nerfp: PoseField, size: Camera, c2w: torch.Tensor, codes: torch.Tensor | None
-) -> RayOutput:
-    """All rays of n pictures."""
-    rays_o, rays_d = camera_rays(size, c2w, size.pixel_grid().to(c2w))
-    appearance = None if codes is None else codes.repeat_interleave(size.height * size.width, dim=0)
-    return renderer.render_rays(nerfp, rays_o.reshape(-1, 3), rays_d.reshape(-1, 3), appearance=appearance)
-
-
-def _colours(out: RayOutput, size: Camera, n: int) -> torch.Tensor:
-    """(n, 3, h, w)"""
-    return out.rgb.reshape(n, size.height, size.width, 3).permute(0, 3, 1, 2)

@@ -3,13 +3,13 @@
 A rendered picture knows how deep each of its pixels lies, so it is a coloured point cloud. With r_i the difference
 between the image, read where point i projects to, and the colour of the point,
 
-    r_i(xi) = I(pi(exp(xi) X_i)) - C_i,     J_i = grad I  dpi/dX  [[X]_x | -1],     (J^T W J + lambda D) xi = -J^T W r
+    r_i(xi) = I(pi(exp(-xi) X_i)) - C_i,     J_i = grad I  dpi/dX  [[X]_x | -1],     (J^T W J + lambda D) xi = -J^T W r
 
-is solved by Levenberg and Marquardt's steps with Huber's weights (as photometric alignment of depth images: Kerl et al.
-2013; Engel et al., arXiv:1607.02565). No derivative of the renderer is needed: a step costs one reading of the image, a
-hundredth of a rendering and its backward pass, and comes closer than tens of steps of gradient descent (iNeRF,
-arXiv:2012.05877). What the points hide from each other and what changes with the view is right at the picture's own
-pose only, so pictures are rendered anew between the rounds (`render.image_pose`).
+(xi moves the camera) is solved by Levenberg and Marquardt's steps with Huber's weights (as photometric alignment of
+depth images: Kerl et al. 2013; Engel et al., arXiv:1607.02565). No derivative of the renderer is needed: a step costs
+one reading of the image, a hundredth of a rendering and its backward pass, and comes closer than tens of steps of
+gradient descent (iNeRF, arXiv:2012.05877). What the points hide from each other and what changes with the view is right
+at the picture's own pose only, so pictures are rendered anew between the rounds (`render.image_pose`).
 
 Where a map is wrong it is wrong for many pixels together, so residuals are not independent and (J^T W J)^-1 promises
 ten times too much. How far parts b of the picture pull the pose apart tells more: the sandwich of a cluster-robust
@@ -36,6 +36,7 @@ _LEAST_VISIBLE = 0.4  # share of the weight of a picture's points that the image
 _MARGIN_PX = 1.0  # at the image's border, where it has no gradient
 _DAMPING, _LESS, _MORE = 1e-3, 0.3, 10.0  # at first; after a step that helped, and after one that did not
 _PARTS = 4  # rows and columns of parts of a picture, whose errors are independent of each other's
+_FLOOR = 1e-6  # of eigenvalues of J^T W J with a unit diagonal
 _LEAST_SIGMA = 1e-9  # a divisor
 _UNKNOWN = 1e6  # standard deviation, in units and radians, of what the image says nothing of
 
@@ -96,7 +97,7 @@ def align_to_images(
         step = _solve(hessian, gradient, damping)
         new_turn, new_move = turn @ so3_exp(step[:, :3]), move + (turn @ step[:, 3:, None])[..., 0]
         new = _look(camera, picture, layers, wanted, new_turn, new_move)
-        is_better = new.cost < view.cost
+        is_better = (new.cost < view.cost) & torch.isfinite(view.cost)
         damping = torch.where(is_better, damping * _LESS, damping * _MORE).clamp(1e-6, 1e6)
         turn, move = _chosen(is_better, new_turn, turn), _chosen(is_better, new_move, move)
         view = _View(*(_chosen(is_better, a, b) for a, b in zip(new, view, strict=True)))
@@ -167,9 +168,11 @@ def _sigma(camera: Camera, view: _View) -> torch.Tensor:
     rows, cols = (_PARTS * torch.arange(size, device=pulls.device) // size for size in (camera.height, camera.width))
     part = (_PARTS * rows[:, None] + cols).flatten()
     parts = pulls.new_zeros(len(pulls), _PARTS**2, 6).index_add_(1, part, pulls).double()
-    floor = 1e-12 + 1e-9 * hessian.diagonal(dim1=1, dim2=2).amax(dim=1)
+    unit = (hessian.diagonal(dim1=1, dim2=2) + 1e-30).rsqrt()  # so that metres and radians count alike
+    scales = unit[:, :, None] * unit[:, None, :]
     eye = torch.eye(6, dtype=hessian.dtype, device=hessian.device)
-    inverse, _ = torch.linalg.inv_ex(hessian + floor[:, None, None] * eye)
+    inverse, _ = torch.linalg.inv_ex(hessian * scales + _FLOOR * eye)
+    inverse = inverse * scales
     variances = (inverse @ parts.transpose(1, 2) @ parts @ inverse).diagonal(dim1=1, dim2=2)
     sigma = torch.stack([variances[:, 3:].sum(dim=1), variances[:, :3].sum(dim=1)], dim=1).clamp(min=0).sqrt()
     sigma = torch.nan_to_num(sigma, nan=_UNKNOWN, posinf=_UNKNOWN).clamp(_LEAST_SIGMA, _UNKNOWN)

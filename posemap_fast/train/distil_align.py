@@ -151,7 +151,7 @@ class DistilAlignStage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.poses, self.gain = state["poses"], state["gain"]
+        self.poses, self.gain = state["poses"].to(self.poses), state["gain"].to(self.gain)
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best.state = state["best"]
