@@ -503,3 +503,9 @@ def test_pictures_are_judged_without_a_network(finished: Finished, tmp_path: Pat
     monkeypatch.setattr(ablation, "read_scene", forbidden)
     assert main(words) == 0
     assert capsys.readouterr().out == before
+
+
+def test_how_others_are_aligned_does_not_make_a_row_another_one(finished: Finished, copy: Path) -> None:
+    before = errors_of(copy, "full")
+    assert ablate(finished, copy, "full", "--set", "align.steps=2") == 0
+    assert errors_of(copy, "full") == before
