@@ -35,7 +35,7 @@ __all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 _DISPLACED = 1.0  # times the network's median error on validation
 _PLACES = 4  # that the validation views are split into
 _LEAST_VIEWS = 8  # of validation
-_INFLATION = 1.7  # of errors over the alignment's sigma: mean over validation views of three scenes
+_INFLATION = 1.7  # of errors over the alignment's sigma, on validation views (docs/results/refinement.md)
 _USUAL_PLACES = 8  # that it counts for
 _CHUNK = 8  # images whose poses are moved at once; bounds the memory
 

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 
 from posemap_fast import ablation, stages
-from posemap_fast.ablation import Ablation, AblationRow, load_ablation
 from posemap_fast.ablation_results import RowResult
 from posemap_fast.cli import main
 from posemap_fast.commands import ablate as command
-from posemap_fast.errors import ConfigError, DatasetError
+from posemap_fast.errors import DatasetError
 from posemap_fast.render import ImagePoseConfig
-from posemap_fast.resources import resource_dir
 from posemap_fast.results import model_errors
 from posemap_fast.train import APRStage, random_views
 
@@ -350,39 +348,6 @@ def test_bad_options_are_one_line_and_nothing_is_written(finished, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("title: x", "a.yaml: ablation: rows must name at least one row"),
-        ("rows: {a: {sett: []}}", "a.yaml: rows.a: unknown key 'sett'; did you mean 'set'"),
-        ("rows: {a: {align: yes}}", "a.yaml: rows.a.align: must be one of"),
-        ("rows: {a: }", "a.yaml: rows.a: must be a section"),
-        ("rows: [a, b]", "a.yaml: rows: must be a section of `name: ...`"),
-        ("rows: {a: {}}\nreference: b", "a.yaml: ablation: reference 'b' is no row (rows: a)"),
-        ("rows: {a: {}}\noutliers: -1", "a.yaml: ablation: outliers must be a share below 1 or a whole number"),
-        ("rows: {a: {}}\noutliers: 2.5", "whole number of views; got 2.5"),
-        ("rows: {a: {}, b: {set: [apr.ema=2]}}", "a.yaml: row 'b': --set apr.ema=2: apr: ema must be in [0, 1)"),
-        ("rows: {a: {}}\nset: [apr.x=0]", "a.yaml: row 'a': --set apr.x=0: apr: unknown key 'x'"),
-        ("rows: {a: {}}\npreset: fast", "a.yaml: row 'a': --preset fast: unknown preset"),
-    ],
-)
-def test_a_mistake_in_the_file_is_named_with_its_row(tmp_path: Path, capsys, text: str, message: str) -> None:
-    (tmp_path / "a.yaml").write_text(text)
-    assert message in failure(capsys, str(tmp_path / "a.yaml"), "--out", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_name_that_is_no_file_lists_those_that_come_with_the_package(capsys) -> None:
-    error = failure(capsys, "lossess")
-    assert "lossess: no such file" in error and "losses" in error.split("known: ")[1]
-
-
-@pytest.mark.parametrize("path", sorted((resource_dir("configs") / "ablations").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_ablation_of_the_package_can_be_read(path: Path) -> None:
-    found = load_ablation(path)
-    assert found.title and found.reference_row in found.rows
-
-
-@pytest.mark.parametrize(
     ("row", "words", "key"),
     [
         ("full", ["--set", "apr.lr=0.5"], "config"),
@@ -442,12 +407,6 @@ def test_the_procedural_scene_can_have_a_name(finished: Finished, copy: Path) ->
     assert ablate(finished, copy, "full", "--scene", "room=room") == 0 and stored(copy, "full") == before
 
 
-def test_rows_that_would_share_a_file_are_refused(tmp_path: Path, capsys) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("rows: {a b: {}, a/b: {}}\n")
-    assert "rows 'a b' and 'a/b' would share a file" in failure(capsys, str(file))
-
-
 def test_a_new_row_does_not_take_the_map_of_another_scene(finished, copy: Path, tmp_path, monkeypatch) -> None:
     (tmp_path / "capture").mkdir()
     original = ablation.read_scene
@@ -464,13 +423,6 @@ def test_a_damaged_row_is_named(finished: Finished, copy: Path, capsys) -> None:
     file.write_text(file.read_text()[:100])
     error = failure(capsys, str(finished.file), "--out", str(copy), "--rows", "full", "--quiet")
     assert f"{file}: not JSON; remove it" in error
-
-
-def test_the_first_row_is_the_reference_unless_one_is_named() -> None:
-    rows = {"b": AblationRow(), "a": AblationRow()}
-    assert Ablation(rows=rows).reference_row == "b" and Ablation(rows=rows, reference="a").reference_row == "a"
-    with pytest.raises(ConfigError, match="at least one row"):
-        Ablation()
 
 
 PICTURES = """\

@@ -134,7 +134,7 @@ def _look(
 
 
 def _pulls(camera: Camera, view: _View) -> tuple[torch.Tensor, torch.Tensor]:
-    """Jacobian (n, 3, p, 6) of the residuals and W J likewise, for turns and moves in the camera's own axes."""
+    """J^T W J (n, 6, 6), and each point's part (n, p, 6) of J^T W r, for turns and moves in the camera's own axes."""
     x, y, _ = view.local.unbind(dim=-1)
     inverse, zero = view.inverse_depth, torch.zeros_like(x)
     du = camera.fx * torch.stack([inverse, zero, -x * inverse * inverse], dim=-1)  # (n, p, 3): du/dX
@@ -142,14 +142,15 @@ def _pulls(camera: Camera, view: _View) -> tuple[torch.Tensor, torch.Tensor]:
     du, dv = (torch.cat([torch.linalg.cross(d, view.local), -d], dim=-1) for d in (du, dv))  # X' = X - w x X - t
     jacobian = view.slope_x[..., None] * du[:, None] + view.slope_y[..., None] * dv[:, None]
     weights = view.weights[:, None] * (_HUBER_DELTA / view.residuals.abs().clamp(min=_HUBER_DELTA))
-    return jacobian, jacobian * weights[..., None]
+    weighted = jacobian * weights[..., None]
+    hessian = weighted.flatten(1, 2).transpose(1, 2) @ jacobian.flatten(1, 2)
+    return hessian.double(), (weighted * view.residuals[..., None]).sum(dim=1)
 
 
 def _normal_equations(camera: Camera, view: _View) -> tuple[torch.Tensor, torch.Tensor]:
     """J^T W J (n, 6, 6) and J^T W r (n, 6), in float64."""
-    jacobian, weighted = _pulls(camera, view)
-    hessian = weighted.flatten(1, 2).transpose(1, 2) @ jacobian.flatten(1, 2)
-    return hessian.double(), (weighted * view.residuals[..., None]).sum(dim=(1, 2)).double()
+    hessian, pulls = _pulls(camera, view)
+    return hessian, pulls.sum(dim=1).double()
 
 
 def _solve(hessian: torch.Tensor, gradient: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
@@ -162,9 +163,7 @@ def _solve(hessian: torch.Tensor, gradient: torch.Tensor, damping: torch.Tensor)
 
 def _sigma(camera: Camera, view: _View) -> torch.Tensor:
     """Standard deviations (n, 2) of translation and rotation; large where the image says nothing."""
-    jacobian, weighted = _pulls(camera, view)
-    hessian = (weighted.flatten(1, 2).transpose(1, 2) @ jacobian.flatten(1, 2)).double()
-    pulls = (weighted * view.residuals[..., None]).sum(dim=1)  # (n, p, 6)
+    hessian, pulls = _pulls(camera, view)
     rows, cols = (_PARTS * torch.arange(size, device=pulls.device) // size for size in (camera.height, camera.width))
     part = (_PARTS * rows[:, None] + cols).flatten()
     parts = pulls.new_zeros(len(pulls), _PARTS**2, 6).index_add_(1, part, pulls).double()
