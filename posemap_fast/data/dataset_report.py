@@ -20,7 +20,7 @@ from posemap_fast.data.image_checks import ImageFacts, describe_images, measure_
 from posemap_fast.data.image_files import ImageLoader
 from posemap_fast.data.image_stack import IN_MEMORY
 from posemap_fast.data.sanity import describe_cameras, describe_extent, describe_poses, nearest_training_views
-from posemap_fast.data.scene import SPLIT_NAMES, Scene, load_scene
+from posemap_fast.data.scene import SPLIT_NAMES, Scene, load_scene, pose_content
 from posemap_fast.data.split_file import resolve_split
 from posemap_fast.data.triangulate import TriangulationOptions
 from posemap_fast.errors import ConfigError, DatasetError
@@ -146,7 +146,7 @@ def _content_digest(views: _Views, facts: ImageFacts) -> str:
     """SHA-256 over files, names, poses, lenses and split: equal for equal datasets, wherever they lie."""
     digest = hashlib.sha256(repr((views.names, views.lenses, sorted(views.splits.items()))).encode())
     digest.update(b"".join(facts.digests))
-    digest.update(views.c2w.contiguous().numpy().tobytes())
+    digest.update(pose_content(views.c2w))
     return digest.hexdigest()
 
 

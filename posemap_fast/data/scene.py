@@ -20,7 +20,7 @@ from posemap_fast.errors import ConfigError, DatasetError
 from posemap_fast.geometry import Camera, camera_rays
 from posemap_fast.registry import Registry
 
-__all__ = ["DATASETS", "SPLIT_NAMES", "DatasetKind", "Scene", "check_options", "load_scene"]
+__all__ = ["DATASETS", "SPLIT_NAMES", "DatasetKind", "Scene", "check_options", "load_scene", "pose_content"]
 
 SPLIT_NAMES = ("train", "val", "test", "unlabelled")
 
@@ -63,7 +63,7 @@ class Scene:
         head = {"names": self.names, "camera": self.camera.to_dict(), "splits": self.splits, "metric": self.is_metric}
         digest.update(json.dumps(head, sort_keys=True).encode())
         digest.update((self.image_digest or self.images.digest()).encode())
-        digest.update(self.c2w.contiguous().numpy().data)
+        digest.update(pose_content(self.c2w))
         return digest.hexdigest()
 
     @property
@@ -96,6 +96,21 @@ class Scene:
         identity = torch.eye(4, dtype=torch.float64)
         cosine = camera_rays(self.camera, identity, self.camera.pixel_grid())[1][:, 2]
         return (self.depth[view] / cosine.reshape(self.camera.height, self.camera.width)).float()
+
+
+def pose_content(c2w: torch.Tensor) -> bytes:
+    """What a fingerprint takes of poses: whole multiples of a millionth of a rotation's unit and of the scene's size.
+
+    The last bits of a pose are those of the processor that read it: linear algebra libraries take other ways on other
+    processors, and a run is to go on wherever its files are taken.
+
+    Args:
+        c2w: (n, 4, 4) float64.
+    """
+    size = c2w[:, :3, 3].abs().amax() if len(c2w) else c2w.new_zeros(())
+    unit = torch.full_like(c2w, 2.0**20)
+    unit[:, :3, 3] /= 2.0 ** size.clamp_min(1e-300).log2().round()  # a power of two: no rounding of its own
+    return (c2w * unit).round().long().contiguous().numpy().tobytes()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -107,6 +108,22 @@ def test_fingerprint_follows_the_content(capture):
     assert load_scene(capture.write()).fingerprint == first
     capture.split["train"] = capture.split["train"][:3]
     assert load_scene(capture.write()).fingerprint != first
+
+
+def test_fingerprint_is_not_of_the_processor_that_read_the_poses(capture):
+    scene = load_scene(capture.write())
+    noise = 1 + 1e-14 * torch.randn(scene.c2w.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    read_elsewhere = torch.where(scene.c2w == 0, -0.0, scene.c2w * noise)
+    assert dataclasses.replace(scene, c2w=read_elsewhere, fingerprint="").fingerprint == scene.fingerprint
+    for size in (1e-7, 1.0, 1e7):
+        small = scene.c2w.clone()
+        small[:, :3, 3] *= size
+        moved = small.clone()
+        moved[0, 0, 3] += 1e-5 * small[:, :3, 3].abs().max()
+        turned = small.clone()
+        turned[0, 0, 0] += 1e-5
+        found = {dataclasses.replace(scene, c2w=c2w, fingerprint="").fingerprint for c2w in (small, moved, turned)}
+        assert len(found) == 3
 
 
 def test_undistorted_pixels_come_from_where_the_lens_put_them(tmp_path):
