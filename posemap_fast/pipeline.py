@@ -16,9 +16,11 @@ import torch
 from posemap_fast import results
 from posemap_fast.apr import APRNet
 from posemap_fast.data import Scene
+from posemap_fast.errors import DatasetError
 from posemap_fast.files import write_text
-from posemap_fast.localize import PoseRegressor
+from posemap_fast.localize import REFINEMENT, MapRefiner, PoseRegressor, SceneMap
 from posemap_fast.progress import ProgressMeter
+from posemap_fast.refinement import PosedImages, RefinedScore, calibrate_refined, score_refined
 from posemap_fast.run_dir import RunDirectory
 from posemap_fast.stages import SceneStages, read_scene
 from posemap_fast.train import LossWeights, MetricsLog
@@ -28,9 +30,13 @@ __all__ = ["run_pipeline"]
 logger = logging.getLogger(__name__)
 
 
-def run_pipeline(run: RunDirectory, meter: ProgressMeter) -> dict[str, Any]:
+def run_pipeline(run: RunDirectory, meter: ProgressMeter, *, refine: bool = True) -> dict[str, Any]:
     """Train, evaluate and report one scene; returns the summary (at once when the run is finished).
 
+    Args:
+        run: where everything is kept.
+        meter: shows progress.
+        refine: also judge answers that the map corrects.
     Raises:
         PosemapError: bad input, another run's directory, a damaged file, a diverging loss.
     """
@@ -51,13 +57,13 @@ def run_pipeline(run: RunDirectory, meter: ProgressMeter) -> dict[str, Any]:
         log = MetricsLog(run.metrics_file)
         stages = SceneStages(scene, config, run.identity.seed, run.checkpoint(""), log, meter)
         stages.seconds["load"] = time.monotonic() - begin
-        return _run_stages(run, stages)
+        return _run_stages(run, stages, refine)
     finally:
         logging.getLogger("posemap_fast").removeHandler(handler)
         handler.close()
 
 
-def _run_stages(run: RunDirectory, stages: SceneStages) -> dict[str, Any]:
+def _run_stages(run: RunDirectory, stages: SceneStages, refine: bool) -> dict[str, Any]:
     """Every stage in order, then the files of the run; summary.json is written last."""
     scene, views = stages.scene, stages.views
     estimate = stages.frame()
@@ -79,6 +85,9 @@ def _run_stages(run: RunDirectory, stages: SceneStages) -> dict[str, Any]:
         unlabelled = None if judged is None else results.JudgedFrames(judged.aligned, judged.c2w, judged.is_known)
         outcome = results.evaluate(scene_map, nets, views, scene, unseen, unlabelled, stages.meter)
     _save_localizer(run, scene, nets["aligned"], outcome)
+    if refine:
+        with stages.timed("refine"):
+            outcome.refined = _refined(run, stages, scene_map, nets["aligned"])
     summary = results.summarize_run(run, scene, estimate, field_stage, outcome, stages.seconds)
     summary["time_s"] = _times(stages.seconds)
     with stages.timed("report"):
@@ -86,6 +95,21 @@ def _run_stages(run: RunDirectory, stages: SceneStages) -> dict[str, Any]:
     summary["time_s"] = _times(stages.seconds)
     write_text(run.summary_file, json.dumps(results.finite(summary), indent=1) + "\n")
     return summary
+
+
+def _refined(run: RunDirectory, stages: SceneStages, scene_map: SceneMap, net: APRNet) -> RefinedScore:
+    """Answers for the test views that the map corrects, and refined.json where validation views can calibrate them."""
+    refiner, scene, meter = MapRefiner(scene_map, REFINEMENT), stages.scene, stages.meter
+    validation, test = (PosedImages.of(scene, split, stages.device) for split in ("val", "test"))
+    try:
+        errors = calibrate_refined(refiner, net, validation, stages.seed, meter)
+    except DatasetError as error:
+        scene.notes.append(f"no expected errors of refined answers: {error}")
+        meter.note(scene.notes[-1])
+        return score_refined(refiner, net, test, None, meter)
+    score = score_refined(refiner, net, test, errors, meter)
+    errors.save(run.refined_file, results.finite({"n_val": len(validation.images), "test": score.to_dict()}))
+    return score
 
 
 def _times(seconds: dict[str, float]) -> dict[str, float]:

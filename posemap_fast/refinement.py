@@ -62,7 +62,7 @@ class RefinedScore:
     c2w: torch.Tensor  # (n, 4, 4) float64, refined
     errors: torch.Tensor  # (n, 2) world units and degrees
     errors_before: torch.Tensor  # (n, 2)
-    reliability: dict[str, Reliability]  # `t`, `r`
+    reliability: dict[str, Reliability]  # `t`, `r`; empty where no errors are expected
     ms_per_image: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,16 +136,18 @@ def _refine(
 
 
 def score_refined(
-    refiner: MapRefiner, net: APRNet, test: PosedImages, errors: RefinedErrors, meter: ProgressMeter
+    refiner: MapRefiner, net: APRNet, test: PosedImages, errors: RefinedErrors | None, meter: ProgressMeter
 ) -> RefinedScore:
-    """Errors on test views, n >= 1, and how far the expected ones can be trusted there."""
+    """Errors on test views, n >= 1, and how far the expected ones can be trusted there, if there are any."""
     start = predict_poses(net, test.images).cpu().double()
     begin = time.perf_counter()
     answers = _refine(refiner, test.images, start, "score", meter)
     ms = 1000 * (time.perf_counter() - begin) / len(test.images)
     found, sigma = _errors(answers.c2w, test.c2w), answers.sigma
+    factors = {} if errors is None else errors.factors
     trust = {
-        key: reliability(found[:, k], sigma[:, k], {float(level): v for level, v in errors.factors[key].items()})
+        key: reliability(found[:, k], sigma[:, k], {float(level): v for level, v in factors[key].items()})
         for k, key in enumerate(("t", "r"))
+        if key in factors
     }
     return RefinedScore(answers.c2w.double(), found, _errors(start, test.c2w), trust, ms)

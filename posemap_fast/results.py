@@ -40,6 +40,7 @@ from posemap_fast.eval import (
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import ErrorModel, SceneMap
 from posemap_fast.progress import ProgressMeter
+from posemap_fast.refinement import RefinedScore
 from posemap_fast.render import ViewOutput, render_views
 from posemap_fast.run_dir import RunDirectory
 from posemap_fast.train import FieldStage, MetricsLog, Predictions, TrainingViews, predict, predict_poses
@@ -96,6 +97,7 @@ class Outcome:
     error_model: ErrorModel  # of the aligned network
     calibration: Calibration  # of its intervals
     reliability: dict[str, Reliability]  # t, r: of those intervals on the test views
+    refined: RefinedScore | None = None  # answers of the aligned network that the map corrected, where asked for
 
 
 def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, index: int) -> ViewOutput:
@@ -266,6 +268,7 @@ def summarize_run(
         },
         "apr": {**errors["apr"].summary, "train_s": round(seconds["apr"], 2)},
         "aligned": errors["aligned"].summary,
+        **({} if outcome.refined is None else {"refined": _refined_summary(outcome.refined)}),
         "uncertainty": {key: found.to_dict() for key, found in outcome.reliability.items()},
         "baselines": {name: _medians(errors[name]) for name in ("mean_pose", "nearest_view", "pose_only")},
         "scene_extent_m": estimate.scene_extent,
@@ -273,6 +276,11 @@ def summarize_run(
         "environment": environment(),
         "commit": git_commit(),
     }
+
+
+def _refined_summary(score: RefinedScore) -> dict[str, Any]:
+    told = score.to_dict()
+    return {**told["refined"], "uncertainty": told["uncertainty"], "ms_per_image": told["ms_per_image"]}
 
 
 def write_files(
@@ -288,19 +296,23 @@ def write_files(
     index = scene.views("test")
     order = sorted(range(len(index)), key=lambda i: scene.names[index[i]])
     truth = scene.c2w[index]
-    write_tum(run.root / "poses_test.txt", outcome.errors["aligned"].c2w[order])
+    answers = {
+        "APR + PoseMap": outcome.errors["apr"].c2w,
+        "aligned": outcome.errors["aligned"].c2w,
+        "pose loss only": outcome.errors["pose_only"].c2w,
+    }
+    write_tum(run.root / "poses_test.txt", answers["aligned"][order])
     write_tum(run.root / "poses_test_gt.txt", truth[order])
+    if outcome.refined is not None:
+        answers["corrected by the map"] = outcome.refined.c2w
+        write_tum(run.root / "poses_test_refined.txt", outcome.refined.c2w[order])
     data = ReportData(
         summary=summary,
         metrics=log.rows(),
         n_views=scene.counts(),
         train_c2w=scene.c2w[scene.views("train")],
         gt_c2w=truth,
-        predictions={
-            "APR + PoseMap": outcome.errors["apr"].c2w,
-            "aligned": outcome.errors["aligned"].c2w,
-            "pose loss only": outcome.errors["pose_only"].c2w,
-        },
+        predictions=answers,
         views=_pictures(scene, views["test"], outcome),
         worst=_worst_cases(scene, scene_map, views["test"], outcome),
         is_metric=scene.is_metric,
@@ -396,6 +408,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         ("APR, pose loss only", summary["baselines"]["pose_only"]),
         ("APR + PoseMap", summary["apr"]),
         ("  + alignment", summary["aligned"]),
+        *([("  + render and compare", summary["refined"])] if "refined" in summary else []),
     ]
     for name, row in rows:
         recall = row.get("recall", {})
@@ -408,3 +421,6 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         f"({nerf['rays_per_s']:.0f} rays/s) · PoseMap decoder: {posemap['decoder_median_t_m']:.3f} {unit}, "
         f"{posemap['decoder_median_r_deg']:.2f} deg · total {summary['time_s']['total']:.0f} s"
     )
+    if "refined" in summary:
+        per_image = summary["refined"]["ms_per_image"]
+        console.print(f"render and compare (posemap localize --refine): {per_image:.0f} ms per image, eight at a time")

@@ -89,14 +89,18 @@ def print_suite(name: str, summaries: dict[str, dict[str, Any]], console: Consol
     for title in ("mean pose\n(ours)", "nearest view\n(ours)", "APR + PoseMap\n(ours, inductive)"):
         table.add_column(title, justify="right")
     table.add_column(f"  + alignment\n(ours, {protocol})", justify="right")
+    is_refined = any("refined" in summary for summary in summaries.values())
+    if is_refined:
+        table.add_column(f"  + render and compare\n(ours, {protocol})", justify="right")
     for row in published:
         table.add_column(f"{row.method}\n({row.ground_truth}, {row.protocol})", justify="right")
     for scene, summary in summaries.items():
         ours = [
             *(summary["baselines"][key] for key in ("mean_pose", "nearest_view")),
             *(summary[key] for key in ("apr", "aligned")),
+            *([summary.get("refined")] if is_refined else []),
         ]
-        cells = [f"{m['median_t_m']:.3f} / {m['median_r_deg']:.2f}" for m in ours]
+        cells = ["not judged" if m is None else f"{m['median_t_m']:.3f} / {m['median_r_deg']:.2f}" for m in ours]
         theirs = [row.medians.get(scene) for row in published]
         cells += ["not published" if m is None else f"{m[0]:.2f} / {m[1]:.2f}" for m in theirs]
         table.add_row(f"{scene} ({summary['ground_truth'] or '-'}, {summary['apr']['n_test']})", *cells)

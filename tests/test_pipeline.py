@@ -34,7 +34,7 @@ MINIATURE = [
 ]
 FILES = [
     *("scene.map", "localizer.pmnet", "poses_test.txt", "poses_test_gt.txt", "summary.json", "report.html"),
-    *("metrics.jsonl", "config.yaml", "log.txt", "checkpoints"),
+    *("refined.json", "poses_test_refined.txt", "metrics.jsonl", "config.yaml", "log.txt", "checkpoints"),
 ]
 
 
@@ -48,6 +48,7 @@ def metrics(out: Path) -> dict[str, Any]:
     for section in ("nerf", "posemap", "apr"):
         summary[section].pop("train_s")
     summary["nerf"].pop("rays_per_s")
+    summary["refined"].pop("ms_per_image")
     return {key: value for key, value in summary.items() if key not in ("time_s", "environment", "commit")}
 
 
@@ -69,6 +70,7 @@ def test_run_leaves_every_file_of_the_contract(finished: Path) -> None:
     assert set(summary["baselines"]) == {"mean_pose", "nearest_view", "pose_only"}
     assert summary["apr"]["n_test"] == 6 and set(summary["apr"]["recall"]) >= {"0.05m_5deg"}
     assert summary["time_s"]["total"] > 0
+    assert summary["refined"]["n_test"] == 6 and summary["refined"]["uncertainty"]["t"]["coverage"]
 
 
 FEW_STEPS = [
@@ -101,9 +103,28 @@ def test_every_preset_runs_all_its_stages(preset: str, further: tuple[str, ...],
     assert main(["train", "--out", str(tmp_path / "run"), "--preset", preset, "--quiet", *changes]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["preset"] == preset
-    assert all(np.isfinite(summary[key]["median_t_m"]) for key in ("apr", "aligned"))
+    assert all(np.isfinite(summary[key]["median_t_m"]) for key in ("apr", "aligned", "refined"))
     assert PoseRegressor.load(tmp_path / "run" / "localizer.pmnet").errors is not None
     assert SceneMap.load(tmp_path / "run" / "scene.map").name == "room"
+
+
+def test_refined_answers_can_be_left_to_later_and_few_validation_views_do_not_tell_their_sigma(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    changes = [word for change in FEW_STEPS for word in ("--set", change)]
+    common = ["train", "--preset", "smoke", "--quiet", *changes, "--out"]
+    assert main([*common, str(tmp_path / "later"), "--no-refine"]) == 0
+    assert "posemap refine" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "later" / "summary.json").read_text())
+    assert "refined" not in summary and "refine" not in summary["time_s"]
+    assert not {"refined.json", "poses_test_refined.txt"} & {path.name for path in (tmp_path / "later").iterdir()}
+    monkeypatch.setattr("posemap_fast.refinement._LEAST_VIEWS", 1000)
+    assert main([*common, str(tmp_path / "few")]) == 0
+    assert "+ render and compare" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "few" / "summary.json").read_text())
+    assert summary["refined"]["uncertainty"] == {} and summary["refined"]["n_test"] == summary["apr"]["n_test"]
+    assert "too few to tell the errors of refined answers" in summary["left_out"][-1]
+    assert not (tmp_path / "few" / "refined.json").exists() and (tmp_path / "few" / "poses_test_refined.txt").exists()
 
 
 def test_second_call_says_that_it_is_done_and_changes_nothing(finished: Path, capsys) -> None:
@@ -237,10 +258,22 @@ def test_refined_answers_are_judged_and_then_carry_their_own_sigma(movable: Path
     assert 0 < float(moved.norm()) < 1
 
 
-def test_refined_answers_that_nobody_judged_have_no_sigma(finished: Path, tmp_path: Path, capsys) -> None:
-    assert main(["localize", str(finished), str(write_view(tmp_path)), "--refine"]) == 0
+def test_refined_answers_that_nobody_judged_have_no_sigma(movable: Path, tmp_path: Path, capsys) -> None:
+    (movable / "refined.json").unlink()
+    assert main(["localize", str(movable), str(write_view(tmp_path)), "--refine"]) == 0
     out = capsys.readouterr()
     assert json.loads(out.out)["sigma_t_m"] is None and "'posemap refine" in out.err
+
+
+def test_training_judges_refined_answers_as_the_command_does(movable: Path) -> None:
+    trained = json.loads((movable / "refined.json").read_text())
+    assert main(["refine", str(movable), "--quiet"]) == 0
+    judged = json.loads((movable / "refined.json").read_text())
+    for stored in (trained, judged):
+        stored["test"].pop("ms_per_image")
+    assert judged == trained
+    summary = json.loads((movable / "summary.json").read_text())
+    assert {key: summary["refined"][key] for key in trained["test"]["refined"]} == trained["test"]["refined"]
 
 
 def test_refining_needs_a_finished_run_its_scene_and_its_map(movable: Path, tmp_path: Path, capsys) -> None:
@@ -288,9 +321,13 @@ def test_map_renders_the_same_on_another_backbone(finished: Path) -> None:
 def test_evaluate_reproduces_the_summary_from_the_trajectories(finished: Path, tmp_path: Path) -> None:
     assert main(["evaluate", str(finished), "--json", str(tmp_path / "e.json")]) == 0
     ours = json.loads((tmp_path / "e.json").read_text())
-    theirs = json.loads((finished / "summary.json").read_text())["aligned"]
+    summary = json.loads((finished / "summary.json").read_text())
+    files = ("--pred", finished / "poses_test_refined.txt", "--gt", finished / "poses_test_gt.txt")
+    assert main(["evaluate", *map(str, files), "--json", str(tmp_path / "refined.json")]) == 0
+    refined = json.loads((tmp_path / "refined.json").read_text())
     for key in ("median_t_m", "median_r_deg", "mean_t_m"):
-        assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+        assert ours[key] == pytest.approx(summary["aligned"][key], rel=1e-4)
+        assert refined[key] == pytest.approx(summary["refined"][key], rel=1e-4)
 
 
 def test_inspect_names_what_it_finds(finished: Path, capsys) -> None:

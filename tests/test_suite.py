@@ -75,3 +75,12 @@ def test_table_names_ground_truth_and_protocol_of_every_figure(dataset: str) -> 
     assert ("not comparable" in shown) == (dataset == "7scenes")  # published 7-Scenes figures are against DSLAM poses
     if dataset == "cambridge":
         assert "not published" in shown  # GreatCourt
+
+
+def test_answers_that_the_map_corrected_have_a_column_where_some_scene_has_them() -> None:
+    text = io.StringIO()
+    refined = {"median_t_m": 0.0068, "median_r_deg": 0.2}
+    both = {"chess": summary("chess") | {"refined": refined}, "fire": summary("fire")}
+    print_suite("7scenes", both, Console(file=text, width=220))
+    assert "0.007 / 0.20" in text.getvalue() and "not judged" in text.getvalue()
+    assert "render and compare" in text.getvalue()

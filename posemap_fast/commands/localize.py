@@ -26,7 +26,7 @@ Answer with the camera pose of each image. One JSON line per image:
   name, c2w (4x4 camera-to-world, OpenCV axes), t (camera centre), q (w, x, y, z), sigma_t_m, sigma_r_deg, ms
 sigma is the error that 68 % of such images are meant to stay below. Images must come from the camera of the training
 images (any size, same aspect ratio). --refine moves each answer until the map looks like the image from there: several
-times closer, and a part of a second each on a CPU; its sigma is known after `posemap refine RUN`.
+times closer, and a part of a second each on a CPU; training and `posemap refine RUN` calibrate its sigma.
 """
 _EXAMPLE = """\
 examples:

@@ -26,7 +26,8 @@ _DESCRIPTION = """\
 Judge the slow way to localize: the network's answer is moved until the map, rendered from there, looks like the image
 (render and compare). Answers come several times closer, and how far parts of the picture pull the pose apart tells how
 wrong it still is. Validation views calibrate that, test views score it; both are printed and kept in
-RUN/refined.json, which gives `posemap localize RUN IMAGE --refine` its sigma. RUN must be finished, its scene in place.
+RUN/refined.json, which gives `posemap localize RUN IMAGE --refine` its sigma. `posemap train` does this at its end;
+here it is done again, with other settings if you like. RUN must be finished, its scene in place.
 """
 _EXAMPLE = """\
 examples:

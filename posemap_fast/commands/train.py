@@ -23,7 +23,8 @@ __all__ = ["train"]
 
 _DESCRIPTION = """\
 Learn one scene from posed images: field, PoseMap, pose regression network, alignment; then measure it on the
-held-out views and write a report. Interrupt it whenever you like: the same command goes on where it stopped.
+held-out views, its answers as they are and corrected by the map, and write a report. Interrupt it whenever you like:
+the same command goes on where it stopped.
 
 The scene is `room` (procedural, needs no data) or a folder: transforms.json (nerfstudio or instant-ngp style,
 optionally split.json with the lists train, val and test), a COLMAP model, a scene of 7-Scenes or Cambridge Landmarks,
@@ -52,6 +53,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one key of the config")
     parser.add_argument("--out", type=Path, help="directory of the run (default: runs/<scene>, or runs/<dataset>_<gt>)")
     parser.add_argument("--seed", type=int, default=0, help="all randomness follows from it (default: 0)")
+    parser.add_argument(
+        "--no-refine",
+        action="store_true",
+        help="do not judge answers that the map corrects (a part of a second per view; `posemap refine` does it later)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
 
 
@@ -115,13 +121,14 @@ def _train_scene(options: argparse.Namespace, identity: str, out: Path, override
     run = RunDirectory(out, RunIdentity(identity, options.preset, options.seed, config))
     console = Console() if sys.stdout.isatty() else Console(width=110)
     was_finished = run.is_finished()
-    summary = run_pipeline(run, make_progress(options.quiet))
+    summary = run_pipeline(run, make_progress(options.quiet), refine=not options.no_refine)
     print_table(summary, console)
     state = "already done" if was_finished else "done"
     console.print(f"{state}: {out}  (open report.html for pictures)", soft_wrap=True)
     if not was_finished and options.root is None:
-        console.print(f"several times closer, and slower: posemap localize {out} IMAGE --refine", soft_wrap=True)
-        console.print(f"what that is worth here: posemap refine {out}", soft_wrap=True)
+        console.print(f"ask: posemap localize {out} IMAGE, closer and slower with --refine", soft_wrap=True)
+        if "refined" not in summary:
+            console.print(f"what --refine is worth here: posemap refine {out}", soft_wrap=True)
     return summary
 
 

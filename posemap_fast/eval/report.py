@@ -31,6 +31,7 @@ _ROWS = (  # summary path, label, what it is
     (("posemap",), "PoseMap decoder", "reads the pose from the map's own PoseMap at the true pose"),
     (("apr",), "APRNet", "one image in, one pose out"),
     (("aligned",), "APRNet, aligned", "after alignment on unlabelled images"),
+    (("refined",), "Corrected by the map", "its answers, moved until the map looks like the image"),
 )
 _N_BASELINES = 3
 
