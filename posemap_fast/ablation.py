@@ -310,25 +310,25 @@ class _SceneRunner:
         return {"trust": {key: found.to_dict() for key, found in trust.items()}}
 
     def _refined(self, name: str, net: APRNet, stages: SceneStages, scene_map: SceneMap) -> list[dict[str, Any]]:
-        """The answers of a network, corrected by the map; none where the scene cannot calibrate them."""
+        """The answers of a network, corrected by the map, and those of the nearest training view."""
         refiner, scene = MapRefiner(scene_map, REFINEMENT), stages.scene
         validation, test = (PosedImages.of(scene, split, stages.device) for split in ("val", "test"))
+        errors = None
         try:
-            errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
+            if self.intervals:
+                errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
         except DatasetError as error:
-            self.meter.note(f"no refined answers: {error}")
-            return []
-        score = score_refined(refiner, net, test, errors, self.meter)
-        entry = self._entry(name, score.c2w, scene, seconds=0.0)
+            self.meter.note(f"no intervals of refined answers: {error}")
+        score = score_refined(refiner, predict_poses(net, test.images), test, errors, self.meter)
+        nearest = score_refined(refiner, _nearest(stages), test, None, self.meter)
+        entries = [self._entry(f"{_BASELINES[1]}, refined", nearest.c2w, scene, seconds=0.0)]
         trust = {"trust": {key: found.to_dict() for key, found in score.reliability.items()}}
-        return [entry | (trust if self.intervals else {})]
+        return [*entries, self._entry(name, score.c2w, scene, seconds=0.0) | (trust if errors else {})]
 
     def _baselines(self, stages: SceneStages) -> list[dict[str, Any]]:
-        scene, views = stages.scene, stages.views
-        train = scene.c2w[scene.views("train")]
-        n_test = len(scene.views("test"))
-        nearest = train[nearest_views(views["train"].images, views["test"].images).cpu()]
-        answers = zip(_BASELINES, (mean_pose(train).expand(n_test, 4, 4), nearest), strict=True)
+        scene = stages.scene
+        average = mean_pose(scene.c2w[scene.views("train")]).expand(len(scene.views("test")), 4, 4)
+        answers = zip(_BASELINES, (average, _nearest(stages)), strict=True)
         return [self._entry(name, answer, scene, 0.0) for name, answer in answers]
 
     def _entry(
@@ -346,6 +346,13 @@ class _SceneRunner:
             "r_err_deg": [round(v, 4) for v in r_err.tolist()],
             "far_order": outlier_order(train, truth),
         }
+
+
+def _nearest(stages: SceneStages) -> torch.Tensor:
+    """(n_test, 4, 4) pose of the training view that looks most like each test view."""
+    scene, views = stages.scene, stages.views
+    train = scene.c2w[scene.views("train")]
+    return train[nearest_views(views["train"].images, views["test"].images).cpu()]
 
 
 _MAP_PARTS = ("frame", "field", "prune", "pose_branch", "view_cache", "readout")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any, TypeVar
 
+import numpy as np
+
 __all__ = ["PictureResult", "RowResult", "summarize_pictures", "summarize_rows"]
 
 
@@ -60,8 +62,9 @@ def summarize_rows(results: Sequence[RowResult], reference: str, outliers: float
     Args:
         outliers: number of views farthest from the training cameras, or their share if below 1; 0 = none.
     Yields:
-        scene, row, n_seeds, median_t, spread_t (half the range over seeds), median_r_deg, spread_r_deg, seconds,
-        ratio_t, ratio_r (this row's median over the reference's), metric; with `outliers` also outlier_t and
+        scene, row, n_seeds, median_t, spread_t (half the range over seeds), median_r_deg, spread_r_deg, p90_t and
+        p90_r_deg (median over the seeds of the 90th percentile over the views), seconds, ratio_t, ratio_r (this row's
+        median over the reference's), metric; with `outliers` also outlier_t and
         outlier_r_deg, mean errors on those views (paper, table 4), and mean_t and mean_r_deg, on all views. Where the
         intervals were judged also `trust`: t, r -> inside_50, inside_90 (shares of the errors), surest and best (90th
         percentile of the error of the surest half, and of the half with the smallest errors, over that of all).
@@ -91,6 +94,8 @@ def _over_seeds(results: Sequence[RowResult], outliers: float) -> dict[str, Any]
         "spread_t": (max(t) - min(t)) / 2,
         "median_r_deg": median(r),
         "spread_r_deg": (max(r) - min(r)) / 2,
+        "p90_t": median(float(np.quantile(result.t_err, 0.9)) for result in results),
+        "p90_r_deg": median(float(np.quantile(result.r_err_deg, 0.9)) for result in results),
         "seconds": median(result.seconds for result in results),
         "metric": results[0].metric,
         **far,

@@ -23,7 +23,7 @@ from posemap_fast.progress import ProgressMeter
 from posemap_fast.refinement import PosedImages, RefinedScore, calibrate_refined, score_refined
 from posemap_fast.run_dir import RunDirectory
 from posemap_fast.stages import SceneStages, read_scene
-from posemap_fast.train import LossWeights, MetricsLog
+from posemap_fast.train import LossWeights, MetricsLog, predict_poses
 
 __all__ = ["run_pipeline"]
 
@@ -101,13 +101,14 @@ def _refined(run: RunDirectory, stages: SceneStages, scene_map: SceneMap, net: A
     """Answers for the test views that the map corrects, and refined.json where validation views can calibrate them."""
     refiner, scene, meter = MapRefiner(scene_map, REFINEMENT), stages.scene, stages.meter
     validation, test = (PosedImages.of(scene, split, stages.device) for split in ("val", "test"))
+    start = predict_poses(net, test.images)
     try:
         errors = calibrate_refined(refiner, net, validation, stages.seed, meter)
     except DatasetError as error:
         scene.notes.append(f"no expected errors of refined answers: {error}")
         meter.note(scene.notes[-1])
-        return score_refined(refiner, net, test, None, meter)
-    score = score_refined(refiner, net, test, errors, meter)
+        return score_refined(refiner, start, test, None, meter)
+    score = score_refined(refiner, start, test, errors, meter)
     errors.save(run.refined_file, results.finite({"n_val": len(validation.images), "test": score.to_dict()}))
     return score
 

@@ -136,10 +136,14 @@ def _refine(
 
 
 def score_refined(
-    refiner: MapRefiner, net: APRNet, test: PosedImages, errors: RefinedErrors | None, meter: ProgressMeter
+    refiner: MapRefiner, start: torch.Tensor, test: PosedImages, errors: RefinedErrors | None, meter: ProgressMeter
 ) -> RefinedScore:
-    """Errors on test views, n >= 1, and how far the expected ones can be trusted there, if there are any."""
-    start = predict_poses(net, test.images).cpu().double()
+    """Errors on n >= 1 test views, and how far the expected ones can be trusted there, if there are any.
+
+    Args:
+        start: (n, 4, 4) the answers that are refined, those of a network or others.
+    """
+    start = start.cpu().double()
     begin = time.perf_counter()
     answers = _refine(refiner, test.images, start, "score", meter)
     ms = 1000 * (time.perf_counter() - begin) / len(test.images)

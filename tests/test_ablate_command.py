@@ -152,29 +152,32 @@ def test_intervals_are_judged_before_and_after_alignment(finished: Finished, cop
     assert "full.json: was made with another intervals" in error
 
 
-def test_answers_that_the_map_corrects_are_scored_beside_the_others(finished, copy: Path, monkeypatch) -> None:
+def test_answers_that_the_map_corrects_are_scored_beside_the_others(finished, copy, monkeypatch, capsys) -> None:
     file = copy.parent / "refined.yaml"
     file.write_text(
         TEXT.replace("with stage 4: {align: transductive}", "with stage 4: {align: transductive, refine: true}")
     )
     monkeypatch.setattr(ablation, "REFINEMENT", ImagePoseConfig(steps=2, rows=8))
     assert main(["ablate", str(file), "--out", str(copy), "--rows", "with stage 4", "--quiet"]) == 0
+    assert "90 % below" in "".join(capsys.readouterr().out.split("│"))
     rows = [row["row"] for row in json.loads((copy / "results.json").read_text())["rows"]]
-    assert rows[-1] == "with stage 4, aligned, refined"
+    assert rows[-2:] == ["nearest training view, refined", "with stage 4, aligned, refined"]
     aligned, refined = (errors_of(copy, name, "with_stage_4") for name in ("with stage 4, aligned", rows[-1]))
     assert len(refined[0]) == len(aligned[0]) and refined != aligned
 
 
-def test_a_scene_that_cannot_calibrate_refined_answers_keeps_the_rest_of_its_row(finished, copy, monkeypatch) -> None:
+def test_a_scene_that_cannot_calibrate_refined_answers_has_them_without_intervals(copy, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise DatasetError("7 views")
 
     file = copy.parent / "few.yaml"
-    file.write_text(TEXT.replace("  full: {}", "  full: {}\n  judged: {refine: true}"))
+    file.write_text("intervals: true\n" + TEXT.replace("  full: {}", "  full: {}\n  judged: {refine: true}"))
     monkeypatch.setattr(ablation, "calibrate_refined", refuse)
+    monkeypatch.setattr(ablation, "REFINEMENT", ImagePoseConfig(steps=2, rows=8))
     assert main(["ablate", str(file), "--out", str(copy), "--rows", "judged", "--quiet"]) == 0
-    rows = [row["row"] for row in json.loads((copy / "results.json").read_text())["rows"]]
-    assert rows == [*BASELINES, "judged"]
+    rows = {row["row"]: row for row in json.loads((copy / "results.json").read_text())["rows"]}
+    assert list(rows) == [*BASELINES, "judged", "nearest training view, refined", "judged, refined"]
+    assert "trust" in rows["judged"] and "trust" not in rows["judged, refined"]
 
 
 def test_rows_share_the_map_and_the_random_views(finished: Finished) -> None:

@@ -28,6 +28,7 @@ def test_summary_by_hand() -> None:
     assert (base["n_seeds"], base["median_t"], base["spread_t"], base["seconds"]) == (3, 3, 1, 12)  # of 2, 4, 3
     assert (base["median_r_deg"], base["spread_r_deg"]) == (2, 1)  # of 1, 3, 2
     assert (new["n_seeds"], new["median_t"], new["ratio_t"]) == (2, 1.5, 0.5)
+    assert (base["p90_t"], new["p90_t"]) == pytest.approx((4, 4.7))  # of 24.4, 4, 3 and of 7.4, 2
     assert new["ratio_r"] == 1 and rows["a", "mean"]["ratio_t"] == 3 and rows["b", "base"]["ratio_t"] == 1
     assert (base["outlier_t"], base["outlier_r_deg"]) == (4, 3)  # means of views 2 and 0: 15.5, 4, 3 and 4, 3, 2
     assert (new["outlier_t"], new["outlier_r_deg"]) == (3.5, 2.5)  # 5, 2 and 3, 2

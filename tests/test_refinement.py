@@ -70,7 +70,8 @@ def wrong_by(monkeypatch):
 def test_expected_errors_follow_the_evidence_and_hold_as_often_as_said() -> None:
     validation, test = posed(upright(40)), posed(upright(200))
     errors = calibrate_refined(HalfWay(validation.c2w), NET, validation, 0, NoProgress())
-    score = score_refined(HalfWay(test.c2w), NET, test, errors, NoProgress())
+    start = refinement.predict_poses(NET, test.images)
+    score = score_refined(HalfWay(test.c2w), start, test, errors, NoProgress())
     assert float(score.errors[:, 0].median()) == pytest.approx(float(score.errors_before[:, 0].median()) / 2, rel=1e-3)
     found = score.reliability["t"]
     assert all(
@@ -79,6 +80,8 @@ def test_expected_errors_follow_the_evidence_and_hold_as_often_as_said() -> None
     assert found.p90_surest < 0.95 * found.p90_all  # 0.55 with a perfect order
     stored = score.to_dict()
     assert stored["refined"]["n_test"] == 200 and stored["ms_per_image"] >= 0
+    unknown = score_refined(HalfWay(test.c2w), start, test, None, NoProgress())
+    assert unknown.reliability == {} and torch.equal(unknown.errors, score.errors)
 
 
 @pytest.mark.usefixtures("wrong_by")

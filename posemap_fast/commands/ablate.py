@@ -127,6 +127,9 @@ def _summaries(ablation: Ablation, results: Sequence[Any]) -> Iterator[dict[str,
 
 
 _COLUMNS = ("row", "median t", "median r (deg)", "ratio t", "ratio r", "seconds", "seeds")
+_TAIL = (
+    "90 % below (t / r)"  # where answers are refined: most go home from anywhere, and medians do not tell of the rest
+)
 _SHARES = {  # key of a row's trust -> column
     "inside_50": "in the 50 % interval (t / r)",
     "inside_90": "in the 90 % interval",
@@ -157,6 +160,8 @@ def _cells(ablation: Ablation, row: dict[str, Any]) -> list[str]:
         f"{row['seconds']:.0f}" if row["seconds"] else "-",
         str(row["n_seeds"]),
     ]
+    if _has_refined(ablation):
+        cells.append(f"{row['p90_t']:.3f} {unit} / {row['p90_r_deg']:.2f}")
     if ablation.intervals:
         trust = row.get("trust")
         shares = [f"{100 * trust['t'][key]:.0f} / {100 * trust['r'][key]:.0f} %" for key in _SHARES] if trust else []
@@ -168,13 +173,18 @@ def _cells(ablation: Ablation, row: dict[str, Any]) -> list[str]:
     return cells
 
 
+def _has_refined(ablation: Ablation) -> bool:
+    return any(row.refine for row in ablation.rows.values())
+
+
 def _columns(ablation: Ablation) -> list[str]:
     if ablation.measure == "pictures":
         return list(_PICTURE_COLUMNS)
+    tail = [_TAIL] if _has_refined(ablation) else []
     shares = list(_SHARES.values()) if ablation.intervals else []
     outliers = ablation.outliers
     far = f"{outliers:.0f} farthest" if outliers >= 1 else f"farthest {100 * outliers:g} %"
-    return [*_COLUMNS, *shares, *([f"mean, {far}", "over that of all"] if outliers else [])]
+    return [*_COLUMNS, *tail, *shares, *([f"mean, {far}", "over that of all"] if outliers else [])]
 
 
 def _table(ablation: Ablation, rows: Sequence[dict[str, Any]], scene: str) -> Table:

@@ -19,6 +19,7 @@ from posemap_fast.refinement import PosedImages, RefinedScore, calibrate_refined
 from posemap_fast.results import finite
 from posemap_fast.run_dir import RunDirectory
 from posemap_fast.stages import read_scene
+from posemap_fast.train import predict_poses
 
 __all__ = ["refine"]
 
@@ -76,7 +77,7 @@ def refine(options: argparse.Namespace) -> int:
         raise DatasetError(f"{identity.scene}: has no test views to score the refined answers on")
     meter = make_progress(options.quiet)
     errors = calibrate_refined(refiner, net, validation, identity.seed, meter)
-    score = score_refined(refiner, net, test, errors, meter)
+    score = score_refined(refiner, predict_poses(net, test.images), test, errors, meter)
     errors.save(run.refined_file, finite({"n_val": len(validation.images), "test": score.to_dict()}))
     _print(score, scene.is_metric, Console())
     print(f"stored: {run.refined_file}")
