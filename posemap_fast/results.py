@@ -397,10 +397,12 @@ def shown_arguments() -> list[str]:
 
 def print_table(summary: dict[str, Any], console: Console) -> None:
     """The one table that a run ends with."""
-    unit = "m" if summary["unit"] == "m" else "units"
+    is_metric = summary["unit"] == "m"
+    unit = "m" if is_metric else "units"
     title = f"{summary['scene']} · preset {summary['preset']} · seed {summary['seed']} · {summary['protocol']}"
     table = Table(title=title)
-    for column in ("method", f"median t ({unit})", "median r (deg)", "5cm/5deg", "0.25m/2deg", "0.5m/5deg"):
+    recalls = {"5cm/5deg": "0.05m_5deg", "0.25m/2deg": "0.25m_2deg", "0.5m/5deg": "0.5m_5deg"} if is_metric else {}
+    for column in ("method", f"median t ({unit})", "median r (deg)", *recalls):
         table.add_column(column, justify="left" if column == "method" else "right")
     rows = [
         ("mean training pose", summary["baselines"]["mean_pose"]),
@@ -412,7 +414,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     ]
     for name, row in rows:
         recall = row.get("recall", {})
-        shares = [f"{100 * recall[k]:.0f} %" if k in recall else "" for k in ("0.05m_5deg", "0.25m_2deg", "0.5m_5deg")]
+        shares = [f"{100 * recall[k]:.0f} %" if k in recall else "" for k in recalls.values()]
         table.add_row(name, f"{row['median_t_m']:.3f}", f"{row['median_r_deg']:.2f}", *shares)
     console.print(table)
     nerf, posemap = summary["nerf"], summary["posemap"]

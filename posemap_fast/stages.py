@@ -20,7 +20,7 @@ from posemap_fast.apr import APRConfig, APRNet, PoseFrame, PoseMapReadout, build
 from posemap_fast.data import FrameEstimate, ImageStack, Scene, estimate_frame, find_border, load_scene
 from posemap_fast.experiment import DataConfig, ExperimentConfig
 from posemap_fast.geometry import Camera, mean_pose, project_points
-from posemap_fast.localize import SceneMap
+from posemap_fast.localize import SceneMap, usual_difference
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import stream_seed
 from posemap_fast.train import (
@@ -213,6 +213,9 @@ class SceneStages:
         )
         self._train(stage)
         scene_map.nerfp.requires_grad_(False)
+        with self.timed("usual_difference"):
+            train = self.views["train"]
+            scene_map.usual_difference = usual_difference(scene_map, train.images, train.c2w)
 
     def online_map(self, scene_map: SceneMap, sampler: ViewSampler) -> OnlineMap:
         """The frozen map with its renders and PoseMaps at the training poses."""

@@ -71,6 +71,8 @@ def test_run_leaves_every_file_of_the_contract(finished: Path) -> None:
     assert summary["apr"]["n_test"] == 6 and set(summary["apr"]["recall"]) >= {"0.05m_5deg"}
     assert summary["time_s"]["total"] > 0
     assert summary["refined"]["n_test"] == 6 and summary["refined"]["uncertainty"]["t"]["coverage"]
+    usual = SceneMap.load(finished / "scene.map").usual_difference
+    assert usual is not None and 0 < usual < 1
 
 
 FEW_STEPS = [

@@ -12,7 +12,7 @@ from posemap_fast.apr import PoseFrame
 from posemap_fast.data import ImageStack
 from posemap_fast.errors import DatasetError
 from posemap_fast.eval.basin import displaced
-from posemap_fast.localize import REFINEMENT, MapRefiner, RefinedAnswers, refined
+from posemap_fast.localize import REFINEMENT, MapRefiner, RefinedAnswers, refined, usual_difference
 from posemap_fast.progress import NoProgress
 from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
 from posemap_fast.render import RefinedPoses
@@ -110,6 +110,7 @@ class NoField(torch.nn.Linear):
 def refiner() -> MapRefiner:
     """One whose map is nothing: what moves poses is to be replaced."""
     fields = {"nerfp": NoField(1, 1), "renderer": None, "camera": None, "pose_frame": NET.pose_frame}
+    fields["usual_difference"] = None
     return MapRefiner(types.SimpleNamespace(**fields), REFINEMENT)
 
 
@@ -131,3 +132,50 @@ def test_an_answer_that_went_astray_is_taken_back(refiner, monkeypatch) -> None:
 def test_nothing_to_refine_is_fine(refiner) -> None:
     found = refiner.refine(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, 4, 4))
     assert found.c2w.shape == (0, 4, 4) and found.difference.shape == (0,) and found.sigma.shape == (0, 2)
+
+
+@pytest.mark.parametrize("usual", [None, 0.1])
+def test_only_answers_that_look_wrong_are_searched_around_and_only_better_ones_are_taken(
+    refiner, monkeypatch, usual: float | None
+) -> None:
+    """Differences 0.1, 0.5, 0.6 at first; around the last two 0.2 and 0.7 are found."""
+    searched = []
+
+    def move(renderer, nerfp, camera, pictures, codes, start, config) -> RefinedPoses:
+        number = (255 * pictures[:, 0, 0, 0]).round().long()
+        is_again = start[:, 2, 3] > 0
+        ends = start.clone()
+        ends[:, 0, 3] = torch.where(is_again, 2.0, 1.0)
+        after = torch.where(is_again, torch.tensor([9, 0.2, 0.7])[number], torch.tensor([0.1, 0.5, 0.6])[number])
+        return RefinedPoses(ends, after, torch.ones(len(start)), ends[:, :2, 3])
+
+    def search(renderer, nerfp, camera, pictures, codes, around, config) -> torch.Tensor:
+        searched.append((255 * pictures[:, 0, 0, 0]).round().int().tolist())
+        found = around.clone()
+        found[:, 2, 3] = 1.0
+        return found
+
+    refiner.scene_map.usual_difference = usual
+    monkeypatch.setattr(refined, "refine_poses", move)
+    monkeypatch.setattr(refined, "search_poses", search)
+    found = refiner.refine(posed(upright(3)).images[torch.arange(3)], upright(3))
+    assert searched == ([] if usual is None else [[1, 2]])
+    assert found.c2w[:, 0, 3].tolist() == [1.0, 1.0 if usual is None else 2.0, 1.0]
+    torch.testing.assert_close(found.difference, torch.tensor([0.1, 0.5 if usual is None else 0.2, 0.6]))
+    assert found.sigma[:, 0].tolist() == found.c2w[:, 0, 3].tolist()
+
+
+def test_what_is_usual_is_told_by_two_dozen_training_views_at_most(monkeypatch) -> None:
+    seen = []
+
+    def differences(self, images: torch.Tensor, c2w: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(images[:, 0, 0, 0].double(), c2w[:, 1, 3])
+        seen.extend(images[:, 0, 0, 0].tolist())
+        return c2w[:, 1, 3].float()
+
+    monkeypatch.setattr(MapRefiner, "differences", differences)
+    views = posed(upright(50))
+    scene_map = types.SimpleNamespace(nerfp=NoField(1, 1))
+    assert usual_difference(scene_map, views.images, views.c2w) == pytest.approx(0.9 * 48, abs=1)
+    assert seen == list(range(0, 50, 3))
+    assert usual_difference(scene_map, views.images[:1], views.c2w[:1]) == 0

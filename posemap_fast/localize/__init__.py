@@ -8,6 +8,7 @@ from posemap_fast.localize.refined import (
     RefinedAnswers,
     RefinedErrors,
     RefinedRegressor,
+    usual_difference,
 )
 from posemap_fast.localize.scene_map import SceneMap
 
@@ -23,4 +24,5 @@ __all__ = [
     "RefinedRegressor",
     "SceneMap",
     "read_image",
+    "usual_difference",
 ]

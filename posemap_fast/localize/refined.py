@@ -2,8 +2,10 @@
 
     image -> PoseRegressor -> pose -> moved until the map looks like the image from there (`render.refine_poses`)
 
-A regression cannot tell that it is wrong; a picture of the map at its answer can. What error to expect of the end is
-told by the alignment itself, by how far parts of the picture pull the pose apart (`render.picture_alignment`).
+A regression cannot tell that it is wrong; a picture of the map at its answer can: where that differs from the image by
+more than pictures of this map do, starts around the answer are tried (`render.search_poses`). What error to expect of
+the end is told by the alignment itself, by how far parts of the picture pull the pose apart
+(`render.picture_alignment`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from posemap_fast.config import from_dict, to_dict
+from posemap_fast.data import ImageStack
 from posemap_fast.errors import FileFormatError
 from posemap_fast.fields import luminance_histogram
 from posemap_fast.files import write_text
@@ -26,13 +29,15 @@ from posemap_fast.geometry import rotation_angle_deg
 from posemap_fast.localize.error_model import scaled_sigma
 from posemap_fast.localize.localizer import PoseAnswer, PoseRegressor
 from posemap_fast.localize.scene_map import SceneMap
-from posemap_fast.render import ImagePoseConfig, refine_poses
+from posemap_fast.render import ImagePoseConfig, picture_differences, refine_poses, search_poses
 
-__all__ = ["REFINEMENT", "MapRefiner", "RefinedAnswers", "RefinedErrors", "RefinedRegressor"]
+__all__ = ["REFINEMENT", "MapRefiner", "RefinedAnswers", "RefinedErrors", "RefinedRegressor", "usual_difference"]
 
 REFINEMENT = ImagePoseConfig()
 """Schedule where nothing else is said."""
 _VERSION = 2
+_DOUBTFUL = 4.0  # times the usual difference: answers that went astray had 4.5 times and more, others up to 4.2 times
+_JUDGED_VIEWS, _AT_ONCE = 24, 8
 
 
 class RefinedAnswers(NamedTuple):
@@ -59,15 +64,44 @@ class MapRefiner:
         scene_map.nerfp.requires_grad_(False)
 
     def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
-        """All at once: (n, H, W, 3) uint8 images of the map's camera (any size), poses (n, 4, 4) near them -> ends."""
+        """All at once: (n, H, W, 3) uint8 images of the map's camera (any size), poses (n, 4, 4) near them -> ends.
+
+        Where the end looks less like the image than pictures of this map usually do, starts around the given one are
+        tried too.
+        """
         if len(start) == 0:
             return RefinedAnswers(start, start.new_zeros(0), start.new_zeros(0, 2))
+        pictures, codes = self._inputs(images)
+        start = start.to(device=pictures.device, dtype=torch.float32)
+        first, usual = self._moved(pictures, codes, start), self.scene_map.usual_difference
+        if usual is None:
+            return first
+        doubtful = torch.nonzero(first.difference > _DOUBTFUL * usual).flatten()
+        if len(doubtful) == 0:
+            return first
+        pictures, codes = pictures[doubtful], None if codes is None else codes[doubtful]
         found = self.scene_map
-        device = next(found.nerfp.parameters()).device
-        images, start = images.to(device), start.to(device=device, dtype=torch.float32)
-        codes = found.nerfp.appearance_code(luminance_histogram(images))
-        pictures = images.permute(0, 3, 1, 2).float().div(255)
-        codes = None if codes is None else codes.detach()
+        others = search_poses(found.renderer, found.nerfp, found.camera, pictures, codes, start[doubtful], self.config)
+        again = self._moved(pictures, codes, others)
+        is_better = again.difference < first.difference[doubtful]
+        parts = zip(first, again, strict=True)
+        return RefinedAnswers(*(a.index_copy(0, doubtful[is_better], b[is_better]) for a, b in parts))
+
+    def differences(self, images: torch.Tensor, c2w: torch.Tensor) -> torch.Tensor:
+        """(n,) how much the map's pictures from poses (n, 4, 4) differ from images, see `render.RefinedPoses`."""
+        pictures, codes = self._inputs(images)
+        c2w = c2w.to(device=pictures.device, dtype=torch.float32)
+        found = self.scene_map
+        return picture_differences(found.renderer, found.nerfp, found.camera, pictures, codes, c2w, self.config)
+
+    def _inputs(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pictures (n, 3, H, W) in [0, 1] and appearance codes (n, dim), where the map is."""
+        images = images.to(next(self.scene_map.nerfp.parameters()).device)
+        codes = self.scene_map.nerfp.appearance_code(luminance_histogram(images))
+        return images.permute(0, 3, 1, 2).float().div(255), None if codes is None else codes.detach()
+
+    def _moved(self, pictures: torch.Tensor, codes: torch.Tensor | None, start: torch.Tensor) -> RefinedAnswers:
+        found = self.scene_map
         moved = refine_poses(found.renderer, found.nerfp, found.camera, pictures, codes, start, self.config)
         is_closer = moved.difference < moved.difference_before  # else it went astray
         difference = torch.where(is_closer, moved.difference, moved.difference_before)
@@ -78,6 +112,19 @@ class MapRefiner:
             is_closer[:, None], moved.sigma, torch.maximum(moved.sigma, torch.stack([apart, turned], dim=1))
         )
         return RefinedAnswers(c2w, difference, sigma)
+
+
+def usual_difference(scene_map: SceneMap, images: ImageStack, c2w: torch.Tensor) -> float:
+    """How much pictures of a map differ from photographs of its place: 90th percentile over some training views.
+
+    Args:
+        images: (n, H, W, 3) uint8, n >= 1.
+        c2w: (n, 4, 4) their poses.
+    """
+    refiner = MapRefiner(scene_map, REFINEMENT)
+    chosen = torch.arange(0, len(images), -(-len(images) // _JUDGED_VIEWS), device=c2w.device)
+    found = [refiner.differences(images[part], c2w[part]) for part in chosen.split(_AT_ONCE)]
+    return float(torch.cat(found).quantile(0.9))
 
 
 @dataclass(frozen=True)

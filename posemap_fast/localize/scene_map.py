@@ -33,6 +33,7 @@ class SceneMap:
     decoder: PoseDecoder
     pose_frame: PoseFrame
     camera: Camera
+    usual_difference: float | None = None  # of pictures and training images, see `refined.usual_difference`
 
     @classmethod
     def untrained(
@@ -67,6 +68,7 @@ class SceneMap:
             "frame": self.nerfp.frame.to_dict(),
             "pose_frame": self.pose_frame.to_dict(),
             "camera": self.camera.to_dict(),
+            "usual_difference": self.usual_difference,
         }
         write_container(path, MAP_MAGIC, header, self._tensors())
 
@@ -114,4 +116,5 @@ class SceneMap:
             prefix = f"{part}."
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
         found.nerfp.requires_grad_(False)
+        found.usual_difference = header.get("usual_difference")
         return found

@@ -2,7 +2,13 @@
 
 from posemap_fast.render import nerfacc_backend  # registration
 from posemap_fast.render.backends import RENDER_BACKENDS
-from posemap_fast.render.image_pose import ImagePoseConfig, RefinedPoses, refine_poses
+from posemap_fast.render.image_pose import (
+    ImagePoseConfig,
+    RefinedPoses,
+    picture_differences,
+    refine_poses,
+    search_poses,
+)
 from posemap_fast.render.occupancy import OccupancyConfig, OccupancyGrid
 from posemap_fast.render.renderer import PoseField, RayOutput, RenderConfig, Renderer, Samples
 from posemap_fast.render.views import (
@@ -30,9 +36,11 @@ __all__ = [
     "Samples",
     "ViewOutput",
     "nerfacc_backend",
+    "picture_differences",
     "posemap_shape",
     "refine_poses",
     "render_cells",
     "render_posemaps",
     "render_views",
+    "search_poses",
 ]

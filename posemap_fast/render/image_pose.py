@@ -8,6 +8,9 @@ after their mean colour and contrast are taken out, so that exposure does not co
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +18,11 @@ import torch
 from torch.nn import functional
 
 from posemap_fast.errors import ConfigError
-from posemap_fast.geometry import Camera, camera_rays
+from posemap_fast.geometry import Camera, camera_rays, make_c2w, so3_exp
 from posemap_fast.render.picture_alignment import Picture, align_to_images, blurred, huber, normalised
 from posemap_fast.render.renderer import PoseField, RayOutput, Renderer
 
-__all__ = ["ImagePoseConfig", "RefinedPoses", "refine_poses"]
+__all__ = ["ImagePoseConfig", "RefinedPoses", "picture_differences", "refine_poses", "search_poses"]
 
 _ROUNDS = ((4, 2.5), (4, 1.2), (2, 1.0), (1, 0.8))  # part of the rows, and blur in px of the smaller picture
 _JUDGED = 2  # part of the rows at which start and end are compared
@@ -27,6 +30,8 @@ _FEWEST_ROWS = 24  # of smaller pictures
 _LEAST_ROWS = 8  # of the largest
 _COARSENESS = 2.0  # ray steps are so many times as long as the map's: half the time, and poses as good
 _RAYS = 1 << 15  # rendered at a time; bounds the memory
+_STARTS, _SEARCHED = 16, 2  # drawn around a doubtful one; rounds after which the best of them is chosen
+_MOVE, _TURN_DEG = 0.12, 5.0  # farthest start: share of the median depth, per axis, and angle about each
 _FUZZY = 0.05  # spread of depth along a ray, share of the depth: such a pixel counts half
 
 
@@ -72,43 +77,109 @@ def refine_poses(
     Returns:
         RefinedPoses; images do not influence each other.
     """
-    renderer = renderer.at_coarseness(_COARSENESS)
-    rows = min(config.rows, camera.height)
-    judged = _resized(camera, rows, _JUDGED)
-    before = _difference(renderer, nerfp, judged, images, start, codes)
-    c2w, sigma = start, start.new_zeros(len(start), 2)
-    for part, blur in _ROUNDS:
-        size = _resized(camera, rows, part)
-        picture = _picture(renderer, nerfp, size, c2w, codes)
-        c2w, _, sigma = align_to_images(size, picture, _shrunk(images, size), c2w, blur_px=blur, steps=config.steps)
-    return RefinedPoses(c2w, _difference(renderer, nerfp, judged, images, c2w, codes), before, sigma)
+    compared = _Compared(renderer.at_coarseness(_COARSENESS), nerfp, camera, images, codes, config)
+    before = compared.difference(start, _JUDGED)
+    c2w, sigma = compared.moved(start, _ROUNDS)
+    return RefinedPoses(c2w, compared.difference(c2w, _JUDGED), before, sigma)
 
 
-def _resized(camera: Camera, rows: int, part: int) -> Camera:
-    """Of pictures with a part of `rows`, as long as that is enough."""
-    rows = min(rows, max(_FEWEST_ROWS, rows // part))
-    return camera.resized(max(1, round(rows * camera.width / camera.height)), rows)
+@torch.no_grad()
+def search_poses(
+    renderer: Renderer,
+    nerfp: PoseField,
+    camera: Camera,
+    images: torch.Tensor,
+    codes: torch.Tensor | None,
+    around: torch.Tensor,
+    config: ImagePoseConfig,
+) -> torch.Tensor:
+    """Better starts for `refine_poses`, by small pictures, where it went astray from `around`; arguments as there.
+
+    A start leads home from about a tenth of the picture's width away, so others are drawn about so far around it, moved
+    by the first rounds, and the one counts whose small picture looks most like the image.
+
+    Returns:
+        (n, 4, 4).
+    """
+    n = len(around)
+    compared = _Compared(renderer.at_coarseness(_COARSENESS), nerfp, camera, images, codes, config)
+    draws = torch.rand(_STARTS, 6, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(around)
+    draws[0] = 0
+    turns = so3_exp(math.radians(_TURN_DEG) * draws[:, :3])
+    moves = _MOVE * compared.depth(around)[:, None, None] * draws[:, 3:]
+    rotation, centre = around[:, None, :3, :3] @ turns, around[:, None, :3, 3] + moves
+    starts = make_c2w(rotation.flatten(0, 1), centre.flatten(0, 1))
+    repeated = compared.repeated(_STARTS)
+    ends, _ = repeated.moved(starts, _ROUNDS[:_SEARCHED])
+    best = repeated.difference(ends, _ROUNDS[0][0]).view(n, _STARTS).argmin(dim=1)
+    return ends.view(n, _STARTS, 4, 4)[torch.arange(n, device=best.device), best]
+
+
+@torch.no_grad()
+def picture_differences(
+    renderer: Renderer,
+    nerfp: PoseField,
+    camera: Camera,
+    images: torch.Tensor,
+    codes: torch.Tensor | None,
+    c2w: torch.Tensor,
+    config: ImagePoseConfig,
+) -> torch.Tensor:
+    """(n,) how much the map's pictures from `c2w` differ from the images, as `RefinedPoses.difference`."""
+    compared = _Compared(renderer.at_coarseness(_COARSENESS), nerfp, camera, images, codes, config)
+    return compared.difference(c2w, _JUDGED)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Images, and the map that they are compared with; a part divides the rows of the largest pictures."""
+
+    renderer: Renderer
+    nerfp: PoseField
+    camera: Camera
+    images: torch.Tensor  # (n, 3, H, W) in [0, 1]
+    codes: torch.Tensor | None  # (n, dim)
+    config: ImagePoseConfig
+
+    def repeated(self, times: int) -> _Compared:
+        """With each image so many times, one after the other."""
+        codes = None if self.codes is None else self.codes.repeat_interleave(times, dim=0)
+        return dataclasses.replace(self, images=self.images.repeat_interleave(times, dim=0), codes=codes)
+
+    def moved(self, c2w: torch.Tensor, rounds: Sequence[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Poses after alignment in some rounds, and their sigma (n, 2), see `AlignedPoses`."""
+        sigma = c2w.new_zeros(len(c2w), 2)
+        for part, blur in rounds:
+            size = self._size(part)
+            picture = _picture(self.renderer, self.nerfp, size, c2w, self.codes)
+            found = align_to_images(
+                size, picture, _shrunk(self.images, size), c2w, blur_px=blur, steps=self.config.steps
+            )
+            c2w, sigma = found.c2w, found.sigma
+        return c2w, sigma
+
+    def difference(self, c2w: torch.Tensor, part: int) -> torch.Tensor:
+        """(n,) of the map's pictures from these poses and the images: mean Huber distance."""
+        size, blur = self._size(part), _ROUNDS[-1][1]
+        pictures = _rendered(self.renderer, self.nerfp, size, c2w, self.codes).rgb
+        apart = normalised(blurred(pictures, blur)) - normalised(blurred(_shrunk(self.images, size), blur))
+        return huber(apart).mean(dim=(1, 2, 3))
+
+    def depth(self, c2w: torch.Tensor) -> torch.Tensor:
+        """(n,) median depth of small pictures, world units."""
+        return _rendered(self.renderer, self.nerfp, self._size(_ROUNDS[0][0]), c2w, self.codes).depth.median(1).values
+
+    def _size(self, part: int) -> Camera:
+        """Of pictures with a part of the rows, as long as these are enough."""
+        most = min(self.config.rows, self.camera.height)
+        rows = min(most, max(_FEWEST_ROWS, most // part))
+        return self.camera.resized(max(1, round(rows * self.camera.width / self.camera.height)), rows)
 
 
 def _shrunk(images: torch.Tensor, size: Camera) -> torch.Tensor:
     return functional.interpolate(
         images, size=(size.height, size.width), mode="bilinear", antialias=True, align_corners=False
     )
-
-
-def _difference(
-    renderer: Renderer,
-    nerfp: PoseField,
-    size: Camera,
-    images: torch.Tensor,
-    c2w: torch.Tensor,
-    codes: torch.Tensor | None,
-) -> torch.Tensor:
-    """(n,) of the map's pictures of this size and the images."""
-    pictures = _rendered(renderer, nerfp, size, c2w, codes).rgb
-    blur = _ROUNDS[-1][1]
-    apart = normalised(blurred(pictures, blur)) - normalised(blurred(_shrunk(images, size), blur))
-    return huber(apart).mean(dim=(1, 2, 3))
 
 
 def _picture(

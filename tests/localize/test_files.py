@@ -60,7 +60,11 @@ def image(seed: int = 0) -> torch.Tensor:
 def test_map_comes_back_bit_by_bit(branch: str, tmp_path: Path) -> None:
     original = scene_map(pose_branch=branch)
     original.save(tmp_path / "a.map")
+    assert SceneMap.load(tmp_path / "a.map").usual_difference is None
+    original.usual_difference = 0.01
+    original.save(tmp_path / "a.map")
     loaded = SceneMap.load(tmp_path / "a.map")
+    assert loaded.usual_difference == 0.01
     assert loaded.camera == original.camera and loaded.pose_frame == original.pose_frame
     assert loaded.nerfp.config == original.nerfp.config and loaded.renderer.near == original.renderer.near
     for ours, theirs in zip(loaded._tensors().items(), original._tensors().items(), strict=True):

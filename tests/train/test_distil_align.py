@@ -17,8 +17,10 @@ from posemap_fast.render import (
     OccupancyConfig,
     RenderConfig,
     Renderer,
+    picture_differences,
     refine_poses,
     render_views,
+    search_poses,
 )
 from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, TrainingViews
 from posemap_fast.train.selection import GuardedState, network_input
@@ -93,12 +95,12 @@ def errors(found: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torc
     return distance, rotation_angle_deg(found[:, :3, :3], truth[:, :3, :3])
 
 
-def displaced(truth: torch.Tensor) -> torch.Tensor:
-    """Moved by .1 m and turned by 3 deg."""
+def displaced(truth: torch.Tensor, metres: float = 0.1, degrees: float = 3.0) -> torch.Tensor:
+    """Moved and turned so far, each another way."""
     generator = torch.Generator().manual_seed(5)
     turn, move = torch.randn(2, len(truth), 3, generator=generator)
     turn, move = (v / v.norm(dim=1, keepdim=True) for v in (turn, move))
-    return move_poses(truth, math.radians(3) * turn, 0.1 * move)
+    return move_poses(truth, math.radians(degrees) * turn, metres * move)
 
 
 SHORT = ImagePoseConfig(steps=2, rows=12)
@@ -119,6 +121,22 @@ def test_exposure_does_not_count_and_images_do_not_influence_each_other(renderer
     dark = refine_poses(renderer, PaintedRoom(), camera, 0.6 * pictures[:1] + 0.1, None, start[:1], CONFIG)
     distance, angle = errors(dark.c2w, together.c2w[:1])
     assert float(distance) < 0.01 and float(angle) < 0.3
+
+
+def test_a_search_finds_starts_that_lead_home_where_the_given_one_does_not(renderer, camera, truth, images) -> None:
+    common = (renderer, PaintedRoom(), camera)
+    pictures = network_input(images)
+    far = displaced(truth, 0.35, 12.0)
+    astray = refine_poses(*common, pictures, None, far, CONFIG)
+    starts = search_poses(*common, pictures, None, far, CONFIG)
+    found = refine_poses(*common, pictures, None, starts, CONFIG)
+    is_home = [errors(poses.c2w, truth)[0] < 0.02 for poses in (astray, found)]
+    assert int(is_home[1].sum()) >= int(is_home[0].sum()) + 2 and bool((is_home[1] >= is_home[0]).all())
+    alone = search_poses(*common, pictures[2:3], None, far[2:3], CONFIG)
+    torch.testing.assert_close(alone, starts[2:3], atol=1e-4, rtol=0)
+    differences = [picture_differences(*common, pictures, None, poses, CONFIG) for poses in (far, found.c2w)]
+    torch.testing.assert_close(differences[0], astray.difference_before)
+    torch.testing.assert_close(differences[1], found.difference)
 
 
 @pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 3}])
