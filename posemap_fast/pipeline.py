@@ -100,7 +100,7 @@ def _run_stages(run: RunDirectory, stages: SceneStages, refine: bool) -> dict[st
 def _refined(run: RunDirectory, stages: SceneStages, scene_map: SceneMap, net: APRNet) -> RefinedScore:
     """Answers for the test views that the map corrects, and refined.json where validation views can calibrate them."""
     refiner, scene, meter = MapRefiner(scene_map, REFINEMENT), stages.scene, stages.meter
-    validation, test = (PosedImages.of(scene, split, stages.device) for split in ("val", "test"))
+    validation, test = (PosedImages.of(scene, split, stages.views[split].images) for split in ("val", "test"))
     start = predict_poses(net, test.images)
     try:
         errors = calibrate_refined(refiner, net, validation, stages.seed, meter)

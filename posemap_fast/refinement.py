@@ -49,10 +49,9 @@ class PosedImages:
     c2w: torch.Tensor  # (n, 4, 4) float64, on the CPU
 
     @classmethod
-    def of(cls, scene: Scene, split: str, device: torch.device) -> PosedImages:
-        """Those of a split."""
-        index = torch.tensor(scene.views(split), dtype=torch.long)
-        return cls(f"{scene.name}, {split}", scene.images.select(index).to(device), scene.c2w[index].double())
+    def of(cls, scene: Scene, split: str, images: ImageStack) -> PosedImages:
+        """A split, with its images where the network is."""
+        return cls(f"{scene.name}, {split}", images, scene.c2w[scene.views(split)].double())
 
 
 @dataclass(frozen=True)

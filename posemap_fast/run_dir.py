@@ -129,7 +129,8 @@ class RunDirectory:
             write_text(self.config_file, yaml.safe_dump(content, sort_keys=False))
         elif stored.get("fingerprint") != fingerprint:
             raise ConfigError(
-                f"{self.root}: the content of scene {self.identity.scene} has changed since this run began "
+                f"{self.root}: the content of scene {self.identity.scene} has changed since this run began, or another "
+                "version of this program began it "
                 f"(fingerprint {str(stored.get('fingerprint'))[:12]} there, {fingerprint[:12]} now); "
                 "choose another --out, or remove the directory"
             )

@@ -26,7 +26,8 @@ Answer with the camera pose of each image. One JSON line per image:
   name, c2w (4x4 camera-to-world, OpenCV axes), t (camera centre), q (w, x, y, z), sigma_t_m, sigma_r_deg, ms
 sigma is the error that 68 % of such images are meant to stay below. Images must come from the camera of the training
 images (any size, same aspect ratio). --refine moves each answer until the map looks like the image from there: several
-times closer, and a part of a second each on a CPU; training and `posemap refine RUN` calibrate its sigma.
+times closer, and a part of a second each on a CPU; training and `posemap refine RUN` calibrate its
+sigma, by validation views.
 """
 _EXAMPLE = """\
 examples:
@@ -54,7 +55,10 @@ def _localizer(run: Path, is_refined: bool) -> Localizer:
     stored = run / "refined.json"
     errors = RefinedErrors.load(stored) if stored.exists() else None
     if errors is None:
-        print(f"{run}: no sigma is known for refined answers; 'posemap refine {run}' finds it", file=sys.stderr)
+        print(
+            f"{run}: no sigma is known for refined answers; 'posemap refine {run}' finds it, or says why not",
+            file=sys.stderr,
+        )
     config = REFINEMENT if errors is None else errors.config
     return RefinedRegressor(regressor, SceneMap.load(run / "scene.map"), config, errors)
 

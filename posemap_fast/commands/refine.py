@@ -69,10 +69,13 @@ def refine(options: argparse.Namespace) -> int:
     scene = read_scene(identity.scene, identity.config.data)
     if scene.fingerprint != run.fingerprint():
         raise ConfigError(
-            f"{options.run}: the content of scene {identity.scene} has changed since this run; give it back what it "
-            "was trained with, or train again with another --out"
+            f"{options.run}: the content of scene {identity.scene} has changed since this run, or another version of "
+            "this program made it; give it back what it was trained with, or train again with another --out"
         )
-    validation, test = (PosedImages.of(scene, split, device) for split in ("val", "test"))
+    validation, test = (
+        PosedImages.of(scene, split, scene.images.select(torch.tensor(scene.views(split), dtype=torch.long)).to(device))
+        for split in ("val", "test")
+    )
     if len(test.images) == 0:
         raise DatasetError(f"{identity.scene}: has no test views to score the refined answers on")
     meter = make_progress(options.quiet)

@@ -56,7 +56,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-refine",
         action="store_true",
-        help="do not judge answers that the map corrects (a part of a second per view; `posemap refine` does it later)",
+        help="do not judge answers that the map corrects (a part of a second per view, begun anew when interrupted; "
+        "`posemap refine` does it later, for refined.json alone)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
 
@@ -125,8 +126,9 @@ def _train_scene(options: argparse.Namespace, identity: str, out: Path, override
     print_table(summary, console)
     state = "already done" if was_finished else "done"
     console.print(f"{state}: {out}  (open report.html for pictures)", soft_wrap=True)
-    if not was_finished and options.root is None:
-        console.print(f"ask: posemap localize {out} IMAGE, closer and slower with --refine", soft_wrap=True)
+    if options.root is None:
+        if not was_finished:
+            console.print(f"ask: posemap localize {out} IMAGE, closer and slower with --refine", soft_wrap=True)
         if "refined" not in summary:
             console.print(f"what --refine is worth here: posemap refine {out}", soft_wrap=True)
     return summary

@@ -22,6 +22,7 @@ from posemap_fast.registry import Registry
 
 __all__ = ["DATASETS", "SPLIT_NAMES", "DatasetKind", "Scene", "check_options", "load_scene", "pose_content"]
 
+_OFF_ROUND = 0.618  # added before rounding down, so that values that people write lie far from the edges
 SPLIT_NAMES = ("train", "val", "test", "unlabelled")
 
 
@@ -60,7 +61,8 @@ class Scene:
     def _digest(self) -> str:
         """SHA-256 of images, poses, camera, names and split; a run refuses to resume on other content."""
         digest = hashlib.sha256()
-        head = {"names": self.names, "camera": self.camera.to_dict(), "splits": self.splits, "metric": self.is_metric}
+        camera = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in self.camera.to_dict().items()}
+        head = {"names": self.names, "camera": camera, "splits": self.splits, "metric": self.is_metric}
         digest.update(json.dumps(head, sort_keys=True).encode())
         digest.update((self.image_digest or self.images.digest()).encode())
         digest.update(pose_content(self.c2w))
@@ -102,15 +104,20 @@ def pose_content(c2w: torch.Tensor) -> bytes:
     """What a fingerprint takes of poses: whole multiples of a millionth of a rotation's unit and of the scene's size.
 
     The last bits of a pose are those of the processor that read it: linear algebra libraries take other ways on other
-    processors, and a run is to go on wherever its files are taken.
+    processors, and a run is to go on wherever its files are taken. The scene's size is the cameras' median distance
+    from their middle: neither a far origin nor a single absurd pose makes it coarse.
 
     Args:
         c2w: (n, 4, 4) float64.
     """
-    size = c2w[:, :3, 3].abs().amax() if len(c2w) else c2w.new_zeros(())
     unit = torch.full_like(c2w, 2.0**20)
-    unit[:, :3, 3] /= 2.0 ** size.clamp_min(1e-300).log2().round()  # a power of two: no rounding of its own
-    return (c2w * unit).round().long().contiguous().numpy().tobytes()
+    if len(c2w):
+        centres = c2w[:, :3, 3]
+        size = (centres - centres.median(dim=0).values).norm(dim=1).median()
+        if size > 0:
+            unit[:, :3, 3] /= 2.0 ** (size.log2() + _OFF_ROUND).floor()  # a power of two: no rounding of its own
+    limit = 2.0**62  # of what a whole number holds
+    return (c2w * unit + _OFF_ROUND).floor().clamp(-limit, limit).long().contiguous().numpy().tobytes()
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class MapRefiner:
         apart = (moved.c2w[:, :3, 3] - start[:, :3, 3]).norm(dim=1)
         turned = rotation_angle_deg(moved.c2w[:, :3, :3], start[:, :3, :3])
         sigma = torch.where(
-            is_closer[:, None], moved.sigma, torch.maximum(moved.sigma, torch.stack([apart, turned], dim=1))
+            is_closer[:, None], moved.sigma, torch.fmax(moved.sigma, torch.stack([apart, turned], dim=1))
         )
         return RefinedAnswers(c2w, difference, sigma)
 

@@ -25,13 +25,14 @@ from posemap_fast.render.renderer import PoseField, RayOutput, Renderer
 __all__ = ["ImagePoseConfig", "RefinedPoses", "picture_differences", "refine_poses", "search_poses"]
 
 _ROUNDS = ((4, 2.5), (4, 1.2), (2, 1.0), (1, 0.8))  # part of the rows, and blur in px of the smaller picture
-_JUDGED = 2  # part of the rows at which start and end are compared
+_JUDGED_ROWS = 48  # at which start and end are compared, whatever the schedule: differences of maps compare
 _FEWEST_ROWS = 24  # of smaller pictures
 _LEAST_ROWS = 8  # of the largest
 _COARSENESS = 2.0  # ray steps are so many times as long as the map's: half the time, and poses as good
 _RAYS = 1 << 15  # rendered at a time; bounds the memory
 _STARTS, _SEARCHED = 16, 2  # drawn around a doubtful one; rounds after which the best of them is chosen
 _MOVE, _TURN_DEG = 0.12, 5.0  # farthest start: share of the median depth, per axis, and angle about each
+_SOLID = 0.5  # opacity of a pixel whose depth counts
 _FUZZY = 0.05  # spread of depth along a ray, share of the depth: such a pixel counts half
 
 
@@ -78,9 +79,9 @@ def refine_poses(
         RefinedPoses; images do not influence each other.
     """
     compared = _Compared(renderer.at_coarseness(_COARSENESS), nerfp, camera, images, codes, config)
-    before = compared.difference(start, _JUDGED)
+    before = compared.difference(start)
     c2w, sigma = compared.moved(start, _ROUNDS)
-    return RefinedPoses(c2w, compared.difference(c2w, _JUDGED), before, sigma)
+    return RefinedPoses(c2w, compared.difference(c2w), before, sigma)
 
 
 @torch.no_grad()
@@ -102,6 +103,7 @@ def search_poses(
         (n, 4, 4).
     """
     n = len(around)
+    config = dataclasses.replace(config, rows=_FEWEST_ROWS)
     compared = _Compared(renderer.at_coarseness(_COARSENESS), nerfp, camera, images, codes, config)
     draws = torch.rand(_STARTS, 6, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(around)
     draws[0] = 0
@@ -111,7 +113,7 @@ def search_poses(
     starts = make_c2w(rotation.flatten(0, 1), centre.flatten(0, 1))
     repeated = compared.repeated(_STARTS)
     ends, _ = repeated.moved(starts, _ROUNDS[:_SEARCHED])
-    best = repeated.difference(ends, _ROUNDS[0][0]).view(n, _STARTS).argmin(dim=1)
+    best = repeated.difference(ends).view(n, _STARTS).argmin(dim=1)
     return ends.view(n, _STARTS, 4, 4)[torch.arange(n, device=best.device), best]
 
 
@@ -127,7 +129,7 @@ def picture_differences(
 ) -> torch.Tensor:
     """(n,) how much the map's pictures from `c2w` differ from the images, as `RefinedPoses.difference`."""
     compared = _Compared(renderer.at_coarseness(_COARSENESS), nerfp, camera, images, codes, config)
-    return compared.difference(c2w, _JUDGED)
+    return compared.difference(c2w)
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ class _Compared:
     config: ImagePoseConfig
 
     def repeated(self, times: int) -> _Compared:
-        """With each image so many times, one after the other."""
+        """With each image so many times, one after the other, and no larger than it is looked at."""
         codes = None if self.codes is None else self.codes.repeat_interleave(times, dim=0)
-        return dataclasses.replace(self, images=self.images.repeat_interleave(times, dim=0), codes=codes)
+        images = _shrunk(self.images, self._size(1))
+        return dataclasses.replace(self, images=images.repeat_interleave(times, dim=0), codes=codes)
 
     def moved(self, c2w: torch.Tensor, rounds: Sequence[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Poses after alignment in some rounds, and their sigma (n, 2), see `AlignedPoses`."""
@@ -158,21 +161,25 @@ class _Compared:
             c2w, sigma = found.c2w, found.sigma
         return c2w, sigma
 
-    def difference(self, c2w: torch.Tensor, part: int) -> torch.Tensor:
+    def difference(self, c2w: torch.Tensor) -> torch.Tensor:
         """(n,) of the map's pictures from these poses and the images: mean Huber distance."""
-        size, blur = self._size(part), _ROUNDS[-1][1]
+        size, blur = self._of_rows(min(_JUDGED_ROWS, self.images.shape[2], self.camera.height)), _ROUNDS[-1][1]
         pictures = _rendered(self.renderer, self.nerfp, size, c2w, self.codes).rgb
         apart = normalised(blurred(pictures, blur)) - normalised(blurred(_shrunk(self.images, size), blur))
         return huber(apart).mean(dim=(1, 2, 3))
 
     def depth(self, c2w: torch.Tensor) -> torch.Tensor:
-        """(n,) median depth of small pictures, world units."""
-        return _rendered(self.renderer, self.nerfp, self._size(_ROUNDS[0][0]), c2w, self.codes).depth.median(1).values
+        """(n,) median depth of what small pictures show, world units; the unit cube's size where they show nothing."""
+        seen = _rendered(self.renderer, self.nerfp, self._size(_ROUNDS[0][0]), c2w, self.codes)
+        depth = seen.depth.masked_fill(seen.opacity < _SOLID, math.nan).nanmedian(dim=1).values
+        return depth.nan_to_num(nan=float(self.renderer.frame.length_to_world(1.0)))
 
     def _size(self, part: int) -> Camera:
         """Of pictures with a part of the rows, as long as these are enough."""
         most = min(self.config.rows, self.camera.height)
-        rows = min(most, max(_FEWEST_ROWS, most // part))
+        return self._of_rows(min(most, max(_FEWEST_ROWS, most // part)))
+
+    def _of_rows(self, rows: int) -> Camera:
         return self.camera.resized(max(1, round(rows * self.camera.width / self.camera.height)), rows)
 
 

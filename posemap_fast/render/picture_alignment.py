@@ -37,6 +37,7 @@ _MARGIN_PX = 1.0  # at the image's border, where it has no gradient
 _DAMPING, _LESS, _MORE = 1e-3, 0.3, 10.0  # at first; after a step that helped, and after one that did not
 _PARTS = 4  # rows and columns of parts of a picture, whose errors are independent of each other's
 _FLOOR = 1e-6  # of eigenvalues of J^T W J with a unit diagonal
+_LEAST_SLOPE = 1e-9  # of J^T W J, below which the image has none
 _LEAST_SIGMA = 1e-9  # a divisor
 _UNKNOWN = 1e6  # standard deviation, in units and radians, of what the image says nothing of
 
@@ -175,7 +176,8 @@ def _sigma(camera: Camera, view: _View) -> torch.Tensor:
     variances = (inverse @ parts.transpose(1, 2) @ parts @ inverse).diagonal(dim1=1, dim2=2)
     sigma = torch.stack([variances[:, 3:].sum(dim=1), variances[:, :3].sum(dim=1)], dim=1).clamp(min=0).sqrt()
     sigma = torch.nan_to_num(sigma, nan=_UNKNOWN, posinf=_UNKNOWN).clamp(_LEAST_SIGMA, _UNKNOWN)
-    sigma = torch.where(torch.isfinite(view.cost)[:, None], sigma, torch.full_like(sigma, _UNKNOWN))
+    tells = torch.isfinite(view.cost) & (hessian.diagonal(dim1=1, dim2=2).amin(dim=1) > _LEAST_SLOPE)
+    sigma = torch.where(tells[:, None], sigma, torch.full_like(sigma, _UNKNOWN))
     return torch.stack([sigma[:, 0], torch.rad2deg(sigma[:, 1])], dim=1).float()
 
 

@@ -110,20 +110,30 @@ def test_fingerprint_follows_the_content(capture):
     assert load_scene(capture.write()).fingerprint != first
 
 
-def test_fingerprint_is_not_of_the_processor_that_read_the_poses(capture):
+@pytest.mark.parametrize("shift", [0.0, 5e6])
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e3])
+def test_fingerprint_is_not_of_the_processor_that_read_the_poses(capture, size: float, shift: float) -> None:
     scene = load_scene(capture.write())
-    noise = 1 + 1e-14 * torch.randn(scene.c2w.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    read_elsewhere = torch.where(scene.c2w == 0, -0.0, scene.c2w * noise)
-    assert dataclasses.replace(scene, c2w=read_elsewhere, fingerprint="").fingerprint == scene.fingerprint
-    for size in (1e-7, 1.0, 1e7):
-        small = scene.c2w.clone()
-        small[:, :3, 3] *= size
-        moved = small.clone()
-        moved[0, 0, 3] += 1e-5 * small[:, :3, 3].abs().max()
-        turned = small.clone()
-        turned[0, 0, 0] += 1e-5
-        found = {dataclasses.replace(scene, c2w=c2w, fingerprint="").fingerprint for c2w in (small, moved, turned)}
-        assert len(found) == 3
+
+    def fingerprint(c2w: torch.Tensor, camera: Camera = scene.camera) -> str:
+        return dataclasses.replace(scene, c2w=c2w, camera=camera, fingerprint="").fingerprint
+
+    c2w = scene.c2w.clone()
+    c2w[:, :3, 3] = size * (c2w[:, :3, 3] + shift)
+    noise = 1 + 1e-16 * torch.randn(c2w.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    read_elsewhere = torch.where(c2w == 0, -0.0, c2w * noise)
+    first = fingerprint(c2w)
+    assert fingerprint(read_elsewhere) == first
+    assert fingerprint(c2w, dataclasses.replace(scene.camera, fx=scene.camera.fx * (1 + 1e-15))) == first
+    assert fingerprint(c2w, dataclasses.replace(scene.camera, fx=scene.camera.fx * (1 + 1e-6))) != first
+    spread = (c2w[:, :3, 3] - c2w[:, :3, 3].mean(dim=0)).norm(dim=1).mean()
+    absurd = c2w.clone()
+    absurd[0, 0, 3] = 1e9 * size
+    for poses in (c2w, absurd):
+        moved, turned = poses.clone(), poses.clone()
+        moved[1, 0, 3] += 1e-3 * spread
+        turned[1, 0, 0] += 1e-5
+        assert len({fingerprint(found) for found in (poses, moved, turned)}) == 3
 
 
 def test_undistorted_pixels_come_from_where_the_lens_put_them(tmp_path):

@@ -17,11 +17,13 @@ from posemap_fast.render import (
     OccupancyConfig,
     RenderConfig,
     Renderer,
+    image_pose,
     picture_differences,
     refine_poses,
     render_views,
     search_poses,
 )
+from posemap_fast.render.picture_alignment import AlignedPoses
 from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, TrainingViews
 from posemap_fast.train.selection import GuardedState, network_input
 
@@ -34,7 +36,7 @@ class Features(NamedTuple):
 
 
 class PaintedRoom:
-    """A cube with opaque walls whose colour, and PoseMap, are smooth functions of the place."""
+    """A cube with opaque walls whose colour, and PoseMap, are smooth functions of the place, lit as the code says."""
 
     def __init__(self) -> None:
         self.field = self
@@ -52,11 +54,12 @@ class PaintedRoom:
     def rgb(self, features: Features, *view: torch.Tensor | None) -> torch.Tensor:
         x = features.x
         waves = torch.stack([(25 * x).sin().prod(dim=1), (31 * x + 1).cos().prod(dim=1), (40 * x).sin().mean(dim=1)])
-        return 0.5 + 0.5 * waves.T
+        _, appearance, rays = view
+        return 0.5 + 0.5 * (waves.T if appearance is None else (waves.T + 3 * appearance[rays]).sin())
 
     def radiance(self, x: torch.Tensor, *view: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Features]:
         sigmas, features = self.density(x)
-        return sigmas, self.rgb(features), features
+        return sigmas, self.rgb(features, *view), features
 
     def pose_hidden(self, x: torch.Tensor, features: Features) -> torch.Tensor:
         return 4 * (x - 0.5)
@@ -137,6 +140,37 @@ def test_a_search_finds_starts_that_lead_home_where_the_given_one_does_not(rende
     differences = [picture_differences(*common, pictures, None, poses, CONFIG) for poses in (far, found.c2w)]
     torch.testing.assert_close(differences[0], astray.difference_before)
     torch.testing.assert_close(differences[1], found.difference)
+
+
+def test_a_search_looks_at_each_image_in_its_own_light(renderer, camera, truth) -> None:
+    """Codes that change the colours beyond what exposure explains."""
+    codes = torch.tensor([[0.0, 0.5, 1.0], [0.7, 0.0, 0.4], [1.0, 0.3, 0.0], [0.2, 0.9, 0.5], [0.6, 0.6, 0.1]])
+    common = (renderer, PaintedRoom(), camera)
+    pictures = render_views(*common[:2], truth, camera, appearance=codes, with_posemap=False).rgb.permute(0, 3, 1, 2)
+    far = displaced(truth, 0.2, 6.0)
+    own = search_poses(*common, pictures, codes, far, CONFIG)
+    others = search_poses(*common, pictures, codes.roll(1, dims=0), far, CONFIG)
+    assert float(errors(own, truth)[0].max()) < 0.5 * float(errors(others, truth)[0].max())
+    assert float(errors(own, truth)[0].max()) < 0.1
+    alone = search_poses(*common, pictures[2:3], codes[2:3], far[2:3], CONFIG)
+    torch.testing.assert_close(alone, own[2:3], atol=1e-4, rtol=0)
+
+
+def test_starts_of_a_search_move_where_most_of_the_picture_is_sky(renderer, camera, truth, monkeypatch) -> None:
+    room, seen = PaintedRoom(), []
+    below = room.density
+    monkeypatch.setattr(room, "density", lambda x: (below(x)[0] * (x[:, 2] < 0.2), Features(x)))  # a floor alone
+    monkeypatch.setattr(
+        image_pose,
+        "align_to_images",
+        lambda size, picture, images, c2w, **_: (
+            seen.append(c2w),
+            AlignedPoses(c2w, torch.zeros(len(c2w)), torch.zeros(len(c2w), 2)),
+        )[1],
+    )
+    search_poses(renderer, room, camera, torch.rand(5, 3, 36, 48), None, truth, CONFIG)
+    moves = (seen[0].view(5, -1, 4, 4) - truth[:, None])[:, 1:, :3, 3].norm(dim=-1)
+    assert float(moves.min()) > 1e-3 and float(moves.max()) < 10
 
 
 @pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 3}])
