@@ -127,9 +127,7 @@ def _summaries(ablation: Ablation, results: Sequence[Any]) -> Iterator[dict[str,
 
 
 _COLUMNS = ("row", "median t", "median r (deg)", "ratio t", "ratio r", "seconds", "seeds")
-_TAIL = (
-    "90 % below (t / r)"  # where answers are refined: most go home from anywhere, and medians do not tell of the rest
-)
+_TAIL = "90 % below (t / r)"  # of refined answers: most go home from anywhere, and medians do not tell of the rest
 _SHARES = {  # key of a row's trust -> column
     "inside_50": "in the 50 % interval (t / r)",
     "inside_90": "in the 90 % interval",

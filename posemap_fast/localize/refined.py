@@ -36,7 +36,7 @@ __all__ = ["REFINEMENT", "MapRefiner", "RefinedAnswers", "RefinedErrors", "Refin
 REFINEMENT = ImagePoseConfig()
 """Schedule where nothing else is said."""
 _VERSION = 2
-_DOUBTFUL = 4.0  # times the usual difference: answers that went astray had 4.5 times and more, others up to 4.2 times
+_DOUBTFUL = 4.0  # times the usual difference (docs/results/refinement.md)
 _JUDGED_VIEWS, _AT_ONCE = 24, 8
 
 

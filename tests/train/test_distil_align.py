@@ -160,14 +160,12 @@ def test_starts_of_a_search_move_where_most_of_the_picture_is_sky(renderer, came
     room, seen = PaintedRoom(), []
     below = room.density
     monkeypatch.setattr(room, "density", lambda x: (below(x)[0] * (x[:, 2] < 0.2), Features(x)))  # a floor alone
-    monkeypatch.setattr(
-        image_pose,
-        "align_to_images",
-        lambda size, picture, images, c2w, **_: (
-            seen.append(c2w),
-            AlignedPoses(c2w, torch.zeros(len(c2w)), torch.zeros(len(c2w), 2)),
-        )[1],
-    )
+
+    def stay(size: Camera, picture: object, images: torch.Tensor, c2w: torch.Tensor, **_: object) -> AlignedPoses:
+        seen.append(c2w)
+        return AlignedPoses(c2w, torch.zeros(len(c2w)), torch.zeros(len(c2w), 2))
+
+    monkeypatch.setattr(image_pose, "align_to_images", stay)
     search_poses(renderer, room, camera, torch.rand(5, 3, 36, 48), None, truth, CONFIG)
     moves = (seen[0].view(5, -1, 4, 4) - truth[:, None])[:, 1:, :3, 3].norm(dim=-1)
     assert float(moves.min()) > 1e-3 and float(moves.max()) < 10
