@@ -101,14 +101,14 @@ def _refined(run: RunDirectory, stages: SceneStages, scene_map: SceneMap, net: A
     """Answers for the test views that the map corrects, and refined.json where validation views can calibrate them."""
     refiner, scene, meter = MapRefiner(scene_map, REFINEMENT), stages.scene, stages.meter
     validation, test = (PosedImages.of(scene, split, stages.views[split].images) for split in ("val", "test"))
-    start = predict_poses(net, test.images)
+    start, keep = predict_poses(net, test.images), stages.folder
     try:
-        errors = calibrate_refined(refiner, net, validation, stages.seed, meter)
+        errors = calibrate_refined(refiner, net, validation, stages.seed, meter, keep)
     except DatasetError as error:
         scene.notes.append(f"no expected errors of refined answers: {error}")
         meter.note(scene.notes[-1])
-        return score_refined(refiner, start, test, None, meter)
-    score = score_refined(refiner, start, test, errors, meter)
+        return score_refined(refiner, start, test, None, meter, keep)
+    score = score_refined(refiner, start, test, errors, meter, keep)
     errors.save(run.refined_file, results.finite({"n_val": len(validation.images), "test": score.to_dict()}))
     return score
 

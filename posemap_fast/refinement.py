@@ -15,11 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from posemap_fast.apr import APRNet
+from posemap_fast.config import to_dict
 from posemap_fast.data import ImageStack, Scene
 from posemap_fast.errors import DatasetError
 from posemap_fast.eval import KnownScores, Reliability, calibrate, pose_errors, reliability, summarize
@@ -28,7 +30,7 @@ from posemap_fast.eval.outliers import cluster_centres
 from posemap_fast.localize import MapRefiner, RefinedAnswers, RefinedErrors
 from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import step_generator
-from posemap_fast.train import predict_poses
+from posemap_fast.train import Checkpoint, Checkpointer, predict_poses
 
 __all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 
@@ -75,10 +77,17 @@ class RefinedScore:
 
 
 def calibrate_refined(
-    refiner: MapRefiner, net: APRNet, validation: PosedImages, seed: int, meter: ProgressMeter
+    refiner: MapRefiner,
+    net: APRNet,
+    validation: PosedImages,
+    seed: int,
+    meter: ProgressMeter,
+    keep: Path | None = None,
 ) -> RefinedErrors:
     """What errors to expect of the answers of `net` when `refiner` corrects them.
 
+    Args:
+        keep: folder for what is done so far, from which a call that was interrupted goes on.
     Raises:
         DatasetError: fewer than eight validation views.
     """
@@ -92,7 +101,9 @@ def calibrate_refined(
     t, r = (float(errors.median()) for errors in pose_errors(network, validation.c2w))
     rng = step_generator(seed, "refine/starts")
     starts = [network, displaced(validation.c2w, _DISPLACED * t, _DISPLACED * r, rng)]
-    answers = _joined([_refine(refiner, validation.images, start, "calibrate", meter) for start in starts])
+    stores = [None if keep is None else keep / f"refine_val_{k}.pt" for k in range(len(starts))]
+    parts = zip(starts, stores, strict=True)
+    answers = _joined([_refine(refiner, validation.images, *part, "calibrate", meter)[0] for part in parts])
     errors = _errors(answers.c2w, validation.c2w.repeat(len(starts), 1, 1))
     place = _places(validation.c2w).repeat(len(starts))
     calibration = calibrate(errors[:, 0], errors[:, 1], answers.sigma, place, _usual_scores())
@@ -121,31 +132,49 @@ def _errors(c2w: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def _refine(
-    refiner: MapRefiner, images: ImageStack, start: torch.Tensor, name: str, meter: ProgressMeter
-) -> RefinedAnswers:
-    """Ends on the CPU, with progress."""
-    parts = []
-    with meter.task(name, total=len(images)) as task:
-        for first in range(0, len(images), _CHUNK):
+    refiner: MapRefiner, images: ImageStack, start: torch.Tensor, store: Path | None, name: str, meter: ProgressMeter
+) -> tuple[RefinedAnswers, float]:
+    """Ends on the CPU and the seconds they took, with progress; goes on where an equal call with `store` was ended."""
+    config = to_dict(refiner.config)
+    checkpointer = None if store is None else Checkpointer(store)
+    found = None if checkpointer is None else checkpointer.load()
+    if found is None or found.state["config"] != config or not torch.equal(found.state["start"], start):
+        found = Checkpoint(0, 0.0, 0, {})
+    parts = [RefinedAnswers(**found.state["answers"])] if found.step else []
+    seconds = found.seconds
+    with meter.task(name, total=len(images), start=found.step) as task:
+        for first in range(found.step, len(images), _CHUNK):
+            begin = time.perf_counter()
             index = torch.arange(first, min(first + _CHUNK, len(images)))
-            found = refiner.refine(images[index], start[index])
-            parts.append(RefinedAnswers(*(values.cpu() for values in found)))
-            task.update(int(index[-1]) + 1, difference=float(found.difference.mean()))
-    return _joined(parts)
+            answers = refiner.refine(images[index], start[index])
+            parts.append(RefinedAnswers(*(values.cpu() for values in answers)))
+            seconds += time.perf_counter() - begin
+            done = int(index[-1]) + 1
+            task.update(done, difference=float(answers.difference.mean()))
+            if checkpointer is not None and (checkpointer.due() or done == len(images)):
+                state = {"config": config, "start": start, "answers": _joined(parts)._asdict()}
+                checkpointer.save(Checkpoint(done, seconds, 0, state))
+    return _joined(parts), seconds
 
 
 def score_refined(
-    refiner: MapRefiner, start: torch.Tensor, test: PosedImages, errors: RefinedErrors | None, meter: ProgressMeter
+    refiner: MapRefiner,
+    start: torch.Tensor,
+    test: PosedImages,
+    errors: RefinedErrors | None,
+    meter: ProgressMeter,
+    keep: Path | None = None,
 ) -> RefinedScore:
     """Errors on n >= 1 test views, and how far the expected ones can be trusted there, if there are any.
 
     Args:
         start: (n, 4, 4) the answers that are refined, those of a network or others.
+        keep: as of `calibrate_refined`.
     """
     start = start.cpu().double()
-    begin = time.perf_counter()
-    answers = _refine(refiner, test.images, start, "score", meter)
-    ms = 1000 * (time.perf_counter() - begin) / len(test.images)
+    store = None if keep is None else keep / "refine_test.pt"
+    answers, seconds = _refine(refiner, test.images, start, store, "score", meter)
+    ms = 1000 * seconds / len(test.images)
     found, sigma = _errors(answers.c2w, test.c2w), answers.sigma
     factors = {} if errors is None else errors.factors
     trust = {

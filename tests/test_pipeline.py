@@ -330,6 +330,22 @@ def test_evaluate_reproduces_the_summary_from_the_trajectories(finished: Path, t
     for key in ("median_t_m", "median_r_deg", "mean_t_m"):
         assert ours[key] == pytest.approx(summary["aligned"][key], rel=1e-4)
         assert refined[key] == pytest.approx(summary["refined"][key], rel=1e-4)
+    assert ours["refined"] == refined
+
+
+def test_evaluate_tells_recall_in_metres_where_there_are_metres(finished: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "recall 0.05m_5deg" in shown and "median_t_m" in shown and "refined" in shown
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"unit": "scene units (not metric)"}))
+    (tmp_path / "run" / "poses_test_refined.txt").unlink()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "_5deg" not in shown and "median_t (units)" in shown and "refined" not in shown
+    summary.unlink()
+    assert main(["evaluate", str(tmp_path / "run")]) == 2 and "not finished" in capsys.readouterr().err
 
 
 def test_inspect_names_what_it_finds(finished: Path, capsys) -> None:

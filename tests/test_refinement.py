@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -97,6 +98,45 @@ def test_few_validation_views_are_refused() -> None:
     few = posed(upright(7))
     with pytest.raises(DatasetError, match=r"painted, val: 7 view\(s\) are too few"):
         calibrate_refined(HalfWay(few.c2w), NET, few, 0, NoProgress())
+
+
+class Counting(HalfWay):
+    """Tells how many images it has refined, and is interrupted when it comes to `last`."""
+
+    def __init__(self, truth: torch.Tensor, last: int = 1000):
+        super().__init__(truth)
+        self.seen: list[int] = []
+        self.last = last
+
+    def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
+        self.seen += images[:, 0, 0, 0].tolist()
+        if self.last in self.seen:
+            raise KeyboardInterrupt
+        found = super().refine(images, start)
+        return found._replace(sigma=torch.ones(len(start), 2))
+
+
+@pytest.mark.usefixtures("wrong_by")
+def test_an_interrupted_judgement_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(refinement.Checkpointer, "due", lambda self: True)
+    test = posed(upright(30))
+    start = refinement.predict_poses(NET, test.images)
+
+    def score(refiner: Counting, start: torch.Tensor = start) -> torch.Tensor:
+        return score_refined(refiner, start, test, None, NoProgress(), tmp_path).errors
+
+    with pytest.raises(KeyboardInterrupt):
+        score(Counting(test.c2w, last=20))
+    again, finished, others = (Counting(test.c2w) for _ in range(3))
+    errors = score(again)
+    assert again.seen == list(range(16, 30))
+    torch.testing.assert_close(errors, score(finished))
+    assert finished.seen == []
+    torch.testing.assert_close(errors, score_refined(Counting(test.c2w), start, test, None, NoProgress()).errors)
+    assert float(score(others, test.c2w).max()) < 1e-6 and len(others.seen) == 30  # of other answers
+    others.config = dataclasses.replace(REFINEMENT, rows=12)
+    score(others, test.c2w)
+    assert len(others.seen) == 60
 
 
 class NoField(torch.nn.Linear):

@@ -16,12 +16,14 @@ from posemap_fast.errors import ConfigError
 from posemap_fast.eval.metrics import RECALL_THRESHOLDS
 from posemap_fast.eval.trajectory import evaluate_files, evaluate_folders
 from posemap_fast.files import write_text
+from posemap_fast.run_dir import RunDirectory
 
 __all__ = ["evaluate"]
 
 _DESCRIPTION = """\
 Score poses against the truth: median and mean translation and rotation error, and recall. A missing answer counts
-as infinitely wrong. Either a run directory (its poses_test.txt and poses_test_gt.txt), or two files of lines
+as infinitely wrong. Either a run directory (its poses_test.txt, and poses_test_refined.txt where there is one, against
+poses_test_gt.txt; recall at distances in metres where its scene is metric), or two files of lines
   timestamp tx ty tz qx qy qz qw      (TUM)    or    name x y z qw qx qy qz
 (also as .gz), or two folders of such files with the same names, one file per scene, which gives one row per scene.
 Only the difference of prediction and truth counts, so any world and any camera axes will do if both agree.
@@ -40,23 +42,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="also write the metrics to this file (of folders: a list)")
 
 
-def _files(options: argparse.Namespace) -> tuple[Path, Path]:
-    if options.run is not None and options.pred is None and options.gt is None:
-        return options.run / "poses_test.txt", options.run / "poses_test_gt.txt"
-    if options.run is None and options.pred is not None and options.gt is not None:
-        return options.pred, options.gt
-    raise ConfigError("give either a run directory, or both --pred FILE and --gt FILE")
-
-
-def _print(metrics: dict[str, Any], title: str) -> None:
-    table = Table(title=title)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
+def _print(columns: dict[str, dict[str, Any]], unit: str, title: str) -> None:
+    """A row per metric, a column per file of answers."""
+    table = Table("metric", title=title)
+    for name in columns:
+        table.add_column(escape(name), justify="right")
     for key in ("n_test", "n_missing", "median_t_m", "median_r_deg", "mean_t_m", "mean_r_deg"):
-        value = metrics[key]
-        table.add_row(key, str(value) if isinstance(value, int) else f"{value:.4f}")
-    for key, share in metrics["recall"].items():
-        table.add_row(f"recall {key}", f"{100 * share:.1f} %")
+        values = [metrics[key] for metrics in columns.values()]
+        shown = [str(value) if isinstance(value, int) else f"{value:.4f}" for value in values]
+        table.add_row(key if unit == "m" else key.replace("_t_m", f"_t ({unit})"), *shown)
+    for key in RECALL_THRESHOLDS if unit == "m" else ():
+        table.add_row(f"recall {key}", *(f"{100 * metrics['recall'][key]:.1f} %" for metrics in columns.values()))
     Console().print(table)
 
 
@@ -78,17 +74,37 @@ def _print_scenes(rows: list[dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
+def _evaluate_run(root: Path) -> dict[str, Any]:
+    """Print the errors of a run's answers; those of the network, and those of refined ones as `refined`.
+
+    Raises:
+        ConfigError: not the directory of a finished run.
+    """
+    run = RunDirectory.open(root)
+    if not run.is_finished():
+        raise ConfigError(f"{root}: this run is not finished; run 'posemap train' with it again first")
+    truth, refined = root / "poses_test_gt.txt", root / "poses_test_refined.txt"
+    columns = {"network": evaluate_files(root / "poses_test.txt", truth)}
+    if refined.exists():
+        columns["refined"] = evaluate_files(refined, truth)
+    _print(columns, "m" if run.summary()["unit"] == "m" else "units", str(root))
+    return columns.pop("network") | columns
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Print the metrics; write them with `--json`."""
-    predicted, truth = _files(options)
-    title = f"{predicted} against {truth}"
+    predicted, truth = options.pred, options.gt
     found: dict[str, Any] | list[dict[str, Any]]
-    if predicted.is_dir() and truth.is_dir():
+    if options.run is not None and predicted is None and truth is None:
+        found = _evaluate_run(options.run)
+    elif options.run is not None or predicted is None or truth is None:
+        raise ConfigError("give either a run directory, or both --pred FILE and --gt FILE")
+    elif predicted.is_dir() and truth.is_dir():
         found = evaluate_folders(predicted, truth)
-        _print_scenes(found, title)
+        _print_scenes(found, f"{predicted} against {truth}")
     else:
         found = evaluate_files(predicted, truth)
-        _print(found, title)
+        _print({"value": found}, "m", f"{predicted} against {truth}")
     if options.json is not None:
         write_text(options.json, json.dumps(found, indent=1) + "\n")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,11 @@ def refine(options: argparse.Namespace) -> int:
     if len(test.images) == 0:
         raise DatasetError(f"{identity.scene}: has no test views to score the refined answers on")
     meter = make_progress(options.quiet)
-    errors = calibrate_refined(refiner, net, validation, identity.seed, meter)
-    score = score_refined(refiner, predict_poses(net, test.images), test, errors, meter)
+    keep = run.checkpoint("refine")
+    errors = calibrate_refined(refiner, net, validation, identity.seed, meter, keep)
+    score = score_refined(refiner, predict_poses(net, test.images), test, errors, meter, keep)
     errors.save(run.refined_file, finite({"n_val": len(validation.images), "test": score.to_dict()}))
+    shutil.rmtree(keep)
     _print(score, scene.is_metric, Console())
     print(f"stored: {run.refined_file}")
     return 0

@@ -56,8 +56,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-refine",
         action="store_true",
-        help="do not judge answers that the map corrects (a part of a second per view, begun anew when interrupted; "
-        "`posemap refine` does it later, for refined.json alone)",
+        help="do not judge answers that the map corrects (a part of a second per view; `posemap refine` does it later, "
+        "for refined.json alone)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the final table")
 
