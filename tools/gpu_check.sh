@@ -47,7 +47,7 @@ step parity 120 "$python" "${parity[@]}"
 step tests 330 "$python" -m pytest -q -p no:cacheprovider -m "cuda or not cuda"
 step backbones 150 "$python" benchmarks/gpu_backbones.py --json "$out/backbones.json"
 bench=("$python" -m posemap_fast.bench --device cuda --seconds 0.5)
-step bench 150 "${bench[@]}" --suite ops,render --json "$out/bench.json"
+step bench 150 "${bench[@]}" --suite ops,render,refine --json "$out/bench.json"
 step inference 120 "${bench[@]}" --suite infer --only 'infer/vgg16/480x854/*' --json "$out/inference.json"
 short=(--set network.weights=random --set nerf.steps=4000 --set posemap.steps=600 --set apr.steps=1200)
 step pipeline 210 "$python" -m posemap_fast.cli train --scene "$scene" --preset gpu --out "$out/run" "${short[@]}"
