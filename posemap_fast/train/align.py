@@ -41,6 +41,8 @@ class AlignConfig:
     image_pose: ImagePoseConfig = field(default_factory=ImagePoseConfig)  # distil: how poses are found
     min_gain: float = 0.1  # distil: an image is learnt from when this share of its difference to the map went away
     posemap_weight: float = 1.0  # distil: of the distance of PoseMaps
+    rvs_batch: int = 0  # distil: fresh views per step, rendered around the poses found
+    replay_batch: int = 0  # distil: views of earlier steps per step
     guard: float = 0.5  # distil: states are kept while the validation score has not risen by more than this share; the
     # start was the best of many on few views near the training views, so some rise is sure and means little
     render_scale: float = 0.5  # paper: size of the differentiable render relative to the camera's; 0 = the network's
@@ -51,6 +53,8 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
             raise ConfigError(f"steps and batch must be >= 1; got {self.steps} and {self.batch}")
+        if self.rvs_batch < 0 or self.replay_batch < 0:
+            raise ConfigError(f"rvs_batch and replay_batch must be >= 0; got {self.rvs_batch} and {self.replay_batch}")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be in (0, 1]; got {self.share}")
 

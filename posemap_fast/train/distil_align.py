@@ -2,7 +2,9 @@
 
     L_align = L_image + L_posemap (paper, section 3.3, eq. 5), one after the other instead of in one step:
     1. L_image moves the predicted pose of each unlabelled image until the map looks like it (`render.refine_poses`);
-    2. the network learns the poses found, by the distance of 12-vectors and of PoseMaps, beside its training images.
+    2. the network learns the poses found, by the distance of 12-vectors and of PoseMaps, beside its training images
+       and beside views that the map renders around the poses found (RVS): queries come from there, which may be far
+       from the training views.
 
 The paper's form (`align.AlignStage`) sends the image loss through a rendering into the network, one or two images at
 a time at a rate of 1e-5, which moves it by little. No true pose of an unlabelled image is read in either form.
@@ -11,6 +13,7 @@ a time at a rate of 1e-5, which moves it by little. No true pose of an unlabelle
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from typing import Any
@@ -23,17 +26,21 @@ from posemap_fast.fields import luminance_histogram
 from posemap_fast.geometry import Camera
 from posemap_fast.losses import pose_l2, posemap_l2
 from posemap_fast.render import refine_poses, render_posemaps
-from posemap_fast.seeding import integers, step_generator
+from posemap_fast.seeding import integers, step_generator, stream_seed
 from posemap_fast.train.align import AlignConfig
 from posemap_fast.train.apr import OnlineMap
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.posemap_distance import posemap_distance
+from posemap_fast.train.random_views import RandomViewSource
+from posemap_fast.train.replay import ViewReplay
+from posemap_fast.train.rvs import ViewSampler
 from posemap_fast.train.selection import GuardedState, network_input, predict_poses
 
 __all__ = ["DistilAlignStage"]
 
 logger = logging.getLogger(__name__)
 _CHUNK = 8  # images whose poses are moved at once; bounds the memory
+_MOST_KEPT = 1024  # rendered views kept for replay
 
 
 class DistilAlignStage:
@@ -68,6 +75,9 @@ class DistilAlignStage:
         self.images = ImageStack.of(images)[:: max(1, round(1 / config.share))]
         codes = online.nerfp.appearance_code(luminance_histogram(self.images))
         self.codes = None if codes is None else codes.detach()
+        self.random_views: RandomViewSource | None = None  # once the poses are found
+        capacity = min(_MOST_KEPT, config.steps * config.rvs_batch) if config.replay_batch else 0
+        self.replay = ViewReplay(capacity, net.config.input_size, self.images.device)
         self.n_chunks = math.ceil(len(self.images) / _CHUNK)
         self.n_steps = self.n_chunks + config.steps
         net.eval()
@@ -116,15 +126,19 @@ class DistilAlignStage:
         device = self.poses.device
         new = trusted[integers(generator, len(trusted), config.batch, device)]
         known = integers(generator, len(self.training), config.batch, device)
-        images = [network_input(self.images[new]), network_input(self.training.images[known])]
-        poses = torch.cat([self.poses[new], self.training.c2w[known]])
-        output = net(torch.cat([net.resized(part) for part in images]))
+        parts = [
+            (self.poses[new], self.images[new]),
+            (self.training.c2w[known], self.training.images[known]),
+            *self._random(k, trusted, generator),
+        ]
+        output = net(torch.cat([net.resized(network_input(images)) for _, images in parts]))
+        poses = torch.cat([c2w for c2w, _ in parts])
         target = net.pose_frame.encode(poses)
         maps = output.posemap
         if maps is None:
-            maps = render_posemaps(online.renderer, online.nerfp, output.c2w[: config.batch], self.camera)
+            maps = self._posemaps(output.c2w[: config.batch])
         with torch.no_grad():
-            wanted = render_posemaps(online.renderer, online.nerfp, poses[: len(maps)], self.camera)
+            wanted = self._posemaps(poses[: len(maps)])
         if net.refiner is None:
             apart = posemap_l2(maps, wanted, scale=online.feature_scale)
         else:
@@ -139,6 +153,39 @@ class DistilAlignStage:
         self.optimizer.step()
         return {"loss": float(loss.detach())} | {name: float(v.detach()) for name, v in losses.items()}
 
+    def _posemaps(self, c2w: torch.Tensor) -> torch.Tensor:
+        return render_posemaps(self.online.renderer, self.online.nerfp, c2w, self.camera)
+
+    def _random(
+        self, k: int, trusted: torch.Tensor, generator: torch.Generator
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Poses and images of views around the poses found: fresh ones, and some of earlier steps."""
+        if self.config.rvs_batch == 0:
+            return []
+        if self.random_views is None:
+            self.random_views = self._source(trusted)
+        fresh = self.random_views.draw(k)
+        old = self.replay.draw(self.config.replay_batch, generator)
+        kept = (self.replay.poses[old], self.replay.images[old])
+        self.replay.add(fresh[1], fresh[0])
+        return [fresh, kept] if len(old) else [fresh]
+
+    def _source(self, trusted: torch.Tensor) -> RandomViewSource:
+        """Views as far from the poses found as those of training are from the training poses."""
+        online = self.online
+        ranges = dataclasses.replace(online.sampler.config, max_translation=online.sampler.max_translation)
+        return RandomViewSource(
+            online.nerfp,
+            online.renderer,
+            ViewSampler(ranges, self.poses[trusted], online.renderer),
+            self.camera,
+            None if self.codes is None else self.codes[trusted],
+            image_size=self.net.config.input_size,
+            n_views=self.config.rvs_batch,
+            appearance=ranges.appearance,
+            seed=stream_seed(self.seed, self.name),
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Poses found so far, network, optimizer and the state to use."""
         return {
@@ -147,6 +194,7 @@ class DistilAlignStage:
             "net": copy.copy(self.net.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best.state,
+            "replay": self.replay.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,3 +203,4 @@ class DistilAlignStage:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best.state = state["best"]
+        self.replay.load_state_dict(state["replay"])

@@ -24,7 +24,7 @@ from posemap_fast.render import (
     search_poses,
 )
 from posemap_fast.render.picture_alignment import AlignedPoses
-from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, TrainingViews
+from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, RVSConfig, TrainingViews, ViewSampler
 from posemap_fast.train.selection import GuardedState, network_input
 
 
@@ -171,6 +171,11 @@ def test_starts_of_a_search_move_where_most_of_the_picture_is_sky(renderer, came
     assert float(moves.min()) > 1e-3 and float(moves.max()) < 10
 
 
+def test_numbers_of_views_below_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rvs_batch and replay_batch"):
+        AlignConfig(replay_batch=-1)
+
+
 @pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 3}])
 def test_bad_schedules_are_refused(values) -> None:
     with pytest.raises(ConfigError, match="image pose"):
@@ -185,7 +190,9 @@ def network(truth: torch.Tensor, camera: Camera, pose_from: str = "head") -> APR
 
 def stage(renderer, camera, truth, images, pose_from="head", **changes) -> DistilAlignStage:
     views = TrainingViews.of(images, truth, camera)
-    online = OnlineMap(PaintedRoom(), renderer, None, None, 1.0)  # type: ignore[arg-type]
+    renderer.occupancy.restrict(lambda x: (x - 0.5).abs().amax(dim=1) > 0.3)  # the middle of the room is free
+    sampler = ViewSampler(RVSConfig(max_translation=0.1), truth, renderer)
+    online = OnlineMap(PaintedRoom(), renderer, sampler, None, 1.0)  # type: ignore[arg-type]
     options = {"steps": 6, "batch": 2, "lr": 1e-3, "validate_every": 2, "guard": 10.0, "image_pose": CONFIG}
     config = AlignConfig(**(options | changes))
     found = DistilAlignStage(config, network(truth, camera, pose_from), online, images, camera, views, 0, views)
@@ -217,6 +224,21 @@ def test_a_network_that_predicts_posemaps_learns_those_at_the_poses_found(render
     assert not any("running" in name or name.startswith("refiner.readout") for name in moved)
 
 
+def test_views_around_the_poses_found_teach_too(renderer, camera, truth, images, monkeypatch) -> None:
+    """Fresh ones in every step, those of earlier steps once there are enough; none around a pose that does not fit."""
+    found = stage(renderer, camera, truth, images, rvs_batch=2, replay_batch=3, image_pose=SHORT)
+    monkeypatch.setattr(found, "trusted", lambda: torch.tensor([1, 3]))
+    counts = []
+    found.net.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+    for k in range(found.n_steps):
+        found.step(k)
+    assert [n for n in counts if n != len(images)][:4] == [6, 6, 9, 9]  # known and new two each, two fresh, three kept
+    apart = (found.replay.poses[:12, None, :3, 3] - found.poses[None, :, :3, 3]).abs()
+    assert float(apart[:, [1, 3]].amax(dim=2).amin(dim=1).max()) < 0.1 + 1e-6
+    view = render_views(renderer, PaintedRoom(), found.replay.poses[:1], camera, image_size=(32, 32))
+    torch.testing.assert_close(found.replay.images[0].float(), 255 * view.rgb[0], atol=1, rtol=0)
+
+
 def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, camera, truth, images) -> None:
     found = stage(renderer, camera, truth, images, min_gain=1.1)
     before = copy.deepcopy(found.net.state_dict())
@@ -225,12 +247,13 @@ def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, c
     assert all(torch.equal(value, before[name]) for name, value in found.net.state_dict().items())
 
 
-def test_an_interrupted_alignment_ends_like_one_that_was_not(renderer, camera, truth, images) -> None:
-    whole = stage(renderer, camera, truth, images, image_pose=SHORT)
+@pytest.mark.parametrize("views", [{}, {"rvs_batch": 1, "replay_batch": 2}])
+def test_an_interrupted_alignment_ends_like_one_that_was_not(renderer, camera, truth, images, views) -> None:
+    whole = stage(renderer, camera, truth, images, image_pose=SHORT, **views)
     for k in range(whole.n_steps):
         whole.step(k)
     for cut in (1, 4):  # in the first part, and in the second
-        first, second = (stage(renderer, camera, truth, images, image_pose=SHORT) for _ in range(2))
+        first, second = (stage(renderer, camera, truth, images, image_pose=SHORT, **views) for _ in range(2))
         for k in range(cut):
             first.step(k)
         second.load_state_dict(copy.deepcopy(first.state_dict()))
