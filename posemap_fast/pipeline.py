@@ -101,7 +101,7 @@ def _refined(run: RunDirectory, stages: SceneStages, scene_map: SceneMap, net: A
     """Answers for the test views that the map corrects, and refined.json where validation views can calibrate them."""
     refiner, scene, meter = MapRefiner(scene_map, REFINEMENT), stages.scene, stages.meter
     validation, test = (PosedImages.of(scene, split, stages.views[split].images) for split in ("val", "test"))
-    start, keep = predict_poses(net, test.images), stages.folder
+    start, keep = predict_poses(net, test.images), stages.checkpointer
     try:
         errors = calibrate_refined(refiner, net, validation, stages.seed, meter, keep)
     except DatasetError as error:

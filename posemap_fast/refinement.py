@@ -13,9 +13,8 @@ meaning everywhere, so what its errors usually are counts beside them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,10 @@ from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import step_generator
 from posemap_fast.train import Checkpoint, Checkpointer, predict_poses
 
-__all__ = ["PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
+__all__ = ["Keep", "PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
+
+Keep = Callable[[str], Checkpointer]
+"""Name of a part -> what keeps its answers so far, from which a call that was interrupted goes on."""
 
 _DISPLACED = 1.0  # times the network's median error on validation
 _PLACES = 4  # that the validation views are split into
@@ -40,6 +42,7 @@ _LEAST_VIEWS = 8  # of validation
 _INFLATION = 1.7  # of errors over the alignment's sigma, on validation views (docs/results/refinement.md)
 _USUAL_PLACES = 8  # that it counts for
 _CHUNK = 8  # images whose poses are moved at once; bounds the memory
+_ANSWERS_VERSION = 1  # of how they are found: kept answers of another one are not taken up
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,14 @@ def calibrate_refined(
     validation: PosedImages,
     seed: int,
     meter: ProgressMeter,
-    keep: Path | None = None,
+    keep: Keep | None = None,
 ) -> RefinedErrors:
     """What errors to expect of the answers of `net` when `refiner` corrects them.
 
     Args:
-        keep: folder for what is done so far, from which a call that was interrupted goes on.
+        keep: for answers so far.
     Raises:
+        FileFormatError: what was kept is damaged.
         DatasetError: fewer than eight validation views.
     """
     n = len(validation.images)
@@ -101,8 +105,7 @@ def calibrate_refined(
     t, r = (float(errors.median()) for errors in pose_errors(network, validation.c2w))
     rng = step_generator(seed, "refine/starts")
     starts = [network, displaced(validation.c2w, _DISPLACED * t, _DISPLACED * r, rng)]
-    stores = [None if keep is None else keep / f"refine_val_{k}.pt" for k in range(len(starts))]
-    parts = zip(starts, stores, strict=True)
+    parts = ((start, None if keep is None else keep(f"refine_val_{k}")) for k, start in enumerate(starts))
     answers = _joined([_refine(refiner, validation.images, *part, "calibrate", meter)[0] for part in parts])
     errors = _errors(answers.c2w, validation.c2w.repeat(len(starts), 1, 1))
     place = _places(validation.c2w).repeat(len(starts))
@@ -132,13 +135,17 @@ def _errors(c2w: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def _refine(
-    refiner: MapRefiner, images: ImageStack, start: torch.Tensor, store: Path | None, name: str, meter: ProgressMeter
+    refiner: MapRefiner,
+    images: ImageStack,
+    start: torch.Tensor,
+    checkpointer: Checkpointer | None,
+    name: str,
+    meter: ProgressMeter,
 ) -> tuple[RefinedAnswers, float]:
-    """Ends on the CPU and the seconds they took, with progress; goes on where an equal call with `store` was ended."""
-    config = to_dict(refiner.config)
-    checkpointer = None if store is None else Checkpointer(store)
+    """Ends on the CPU and the seconds they took, with progress; goes on where an equal call was interrupted."""
+    identity = {"version": _ANSWERS_VERSION, "config": to_dict(refiner.config)}
     found = None if checkpointer is None else checkpointer.load()
-    if found is None or found.state["config"] != config or not torch.equal(found.state["start"], start):
+    if found is None or found.state["identity"] != identity or not torch.equal(found.state["start"], start):
         found = Checkpoint(0, 0.0, 0, {})
     parts = [RefinedAnswers(**found.state["answers"])] if found.step else []
     seconds = found.seconds
@@ -152,7 +159,7 @@ def _refine(
             done = int(index[-1]) + 1
             task.update(done, difference=float(answers.difference.mean()))
             if checkpointer is not None and (checkpointer.due() or done == len(images)):
-                state = {"config": config, "start": start, "answers": _joined(parts)._asdict()}
+                state = {"identity": identity, "start": start, "answers": _joined(parts)._asdict()}
                 checkpointer.save(Checkpoint(done, seconds, 0, state))
     return _joined(parts), seconds
 
@@ -163,17 +170,19 @@ def score_refined(
     test: PosedImages,
     errors: RefinedErrors | None,
     meter: ProgressMeter,
-    keep: Path | None = None,
+    keep: Keep | None = None,
 ) -> RefinedScore:
     """Errors on n >= 1 test views, and how far the expected ones can be trusted there, if there are any.
 
     Args:
         start: (n, 4, 4) the answers that are refined, those of a network or others.
-        keep: as of `calibrate_refined`.
+        keep: for answers so far.
+    Raises:
+        FileFormatError: what was kept is damaged.
     """
     start = start.cpu().double()
-    store = None if keep is None else keep / "refine_test.pt"
-    answers, seconds = _refine(refiner, test.images, start, store, "score", meter)
+    kept = None if keep is None else keep("refine_test")
+    answers, seconds = _refine(refiner, test.images, start, kept, "score", meter)
     ms = 1000 * seconds / len(test.images)
     found, sigma = _errors(answers.c2w, test.c2w), answers.sigma
     factors = {} if errors is None else errors.factors

@@ -131,9 +131,12 @@ class SceneStages:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begin
 
+    def checkpointer(self, name: str) -> Checkpointer:
+        """Of a stage, or of another part that takes long."""
+        return Checkpointer(self.folder / f"{name}.pt", self.config.checkpoint_every_s)
+
     def _train(self, stage: Stage) -> None:
-        checkpointer = Checkpointer(self.folder / f"{stage.name}.pt", self.config.checkpoint_every_s)
-        self.seconds[stage.name] = run_stage(stage, checkpointer, self.log, self.meter)
+        self.seconds[stage.name] = run_stage(stage, self.checkpointer(stage.name), self.log, self.meter)
         logger.info("%s: %d steps in %.1f s", stage.name, stage.n_steps, self.seconds[stage.name])
 
     def frame(self) -> FrameEstimate:

@@ -71,6 +71,8 @@ def test_run_leaves_every_file_of_the_contract(finished: Path) -> None:
     assert summary["apr"]["n_test"] == 6 and set(summary["apr"]["recall"]) >= {"0.05m_5deg"}
     assert summary["time_s"]["total"] > 0
     assert summary["refined"]["n_test"] == 6 and summary["refined"]["uncertainty"]["t"]["coverage"]
+    kept = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert kept > {"refine_val_0.pt", "refine_val_1.pt", "refine_test.pt"}  # an interrupted judgement goes on
     usual = SceneMap.load(finished / "scene.map").usual_difference
     assert usual is not None and 0 < usual < 1
 
@@ -345,7 +347,7 @@ def test_evaluate_tells_recall_in_metres_where_there_are_metres(finished: Path, 
     shown = capsys.readouterr().out
     assert "_5deg" not in shown and "median_t (units)" in shown and "refined" not in shown
     summary.unlink()
-    assert main(["evaluate", str(tmp_path / "run")]) == 2 and "not finished" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run")]) == 2 and "no summary.json" in capsys.readouterr().err
 
 
 def test_inspect_names_what_it_finds(finished: Path, capsys) -> None:

@@ -17,6 +17,7 @@ from posemap_fast.localize import REFINEMENT, MapRefiner, RefinedAnswers, refine
 from posemap_fast.progress import NoProgress
 from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
 from posemap_fast.render import RefinedPoses
+from posemap_fast.train import Checkpointer
 
 NET = types.SimpleNamespace(pose_frame=PoseFrame((0.0, 0.0, 0.0), 1.0))
 
@@ -101,16 +102,16 @@ def test_few_validation_views_are_refused() -> None:
 
 
 class Counting(HalfWay):
-    """Tells how many images it has refined, and is interrupted when it comes to `last`."""
+    """Tells which images it has refined, and is interrupted when it would be more than some."""
 
-    def __init__(self, truth: torch.Tensor, last: int = 1000):
+    def __init__(self, truth: torch.Tensor, n_most: int = 1000):
         super().__init__(truth)
         self.seen: list[int] = []
-        self.last = last
+        self.n_most = n_most
 
     def refine(self, images: torch.Tensor, start: torch.Tensor) -> RefinedAnswers:
         self.seen += images[:, 0, 0, 0].tolist()
-        if self.last in self.seen:
+        if len(self.seen) > self.n_most:
             raise KeyboardInterrupt
         found = super().refine(images, start)
         return found._replace(sigma=torch.ones(len(start), 2))
@@ -118,15 +119,17 @@ class Counting(HalfWay):
 
 @pytest.mark.usefixtures("wrong_by")
 def test_an_interrupted_judgement_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(refinement.Checkpointer, "due", lambda self: True)
+    def keep(name: str) -> Checkpointer:
+        return Checkpointer(tmp_path / name, every_seconds=0)
+
     test = posed(upright(30))
     start = refinement.predict_poses(NET, test.images)
 
     def score(refiner: Counting, start: torch.Tensor = start) -> torch.Tensor:
-        return score_refined(refiner, start, test, None, NoProgress(), tmp_path).errors
+        return score_refined(refiner, start, test, None, NoProgress(), keep).errors
 
     with pytest.raises(KeyboardInterrupt):
-        score(Counting(test.c2w, last=20))
+        score(Counting(test.c2w, n_most=20))
     again, finished, others = (Counting(test.c2w) for _ in range(3))
     errors = score(again)
     assert again.seen == list(range(16, 30))
@@ -137,6 +140,24 @@ def test_an_interrupted_judgement_goes_on_where_it_was(tmp_path, monkeypatch) ->
     others.config = dataclasses.replace(REFINEMENT, rows=12)
     score(others, test.c2w)
     assert len(others.seen) == 60
+    monkeypatch.setattr(refinement, "_ANSWERS_VERSION", 0)
+    score(others, test.c2w)
+    assert len(others.seen) == 90
+
+
+@pytest.mark.usefixtures("wrong_by")
+def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path) -> None:
+    validation = posed(upright(20))
+
+    def factors(refiner: Counting, name: str) -> object:
+        common = (refiner, NET, validation, 0, NoProgress())
+        return calibrate_refined(*common, lambda part: Checkpointer(tmp_path / name / part, every_seconds=0)).factors
+
+    whole, again = Counting(validation.c2w), Counting(validation.c2w)
+    with pytest.raises(KeyboardInterrupt):
+        factors(Counting(validation.c2w, n_most=30), "cut")
+    assert factors(again, "cut") == factors(whole, "whole")
+    assert len(whole.seen) == 40 and again.seen == list(range(8, 20))  # of the second starts
 
 
 class NoField(torch.nn.Linear):

@@ -49,7 +49,7 @@ step backbones 150 "$python" benchmarks/gpu_backbones.py --json "$out/backbones.
 bench=("$python" -m posemap_fast.bench --device cuda --seconds 0.5)
 step bench 150 "${bench[@]}" --suite ops,render,refine --json "$out/bench.json"
 step inference 120 "${bench[@]}" --suite infer --only 'infer/vgg16/480x854/*' --json "$out/inference.json"
-short=(--set network.weights=random --set nerf.steps=4000 --set posemap.steps=600 --set apr.steps=1200)
+short=(--set network.weights=random --set nerf.steps=4000 --set posemap.steps=600 --set apr.steps=1200 --set align.steps=300)
 step pipeline 210 "$python" -m posemap_fast.cli train --scene "$scene" --preset gpu --out "$out/run" "${short[@]}"
 step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" "${parity[@]}"
 step racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" "${parity[@]}"

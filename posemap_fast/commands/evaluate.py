@@ -16,14 +16,14 @@ from posemap_fast.errors import ConfigError
 from posemap_fast.eval.metrics import RECALL_THRESHOLDS
 from posemap_fast.eval.trajectory import evaluate_files, evaluate_folders
 from posemap_fast.files import write_text
-from posemap_fast.run_dir import RunDirectory
 
 __all__ = ["evaluate"]
 
 _DESCRIPTION = """\
 Score poses against the truth: median and mean translation and rotation error, and recall. A missing answer counts
-as infinitely wrong. Either a run directory (its poses_test.txt, and poses_test_refined.txt where there is one, against
-poses_test_gt.txt; recall at distances in metres where its scene is metric), or two files of lines
+as infinitely wrong. Either the directory of a run that `posemap train` finished (the network's answers, and those that
+the map corrected, unless it was told not to; recall at distances in metres where the scene is metric), or two files of
+lines
   timestamp tx ty tz qx qy qz qw      (TUM)    or    name x y z qw qx qy qz
 (also as .gz), or two folders of such files with the same names, one file per scene, which gives one row per scene.
 Only the difference of prediction and truth counts, so any world and any camera axes will do if both agree.
@@ -39,7 +39,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, nargs="?", help="run directory")
     parser.add_argument("--pred", type=Path, help="file of predicted poses, or a folder of them")
     parser.add_argument("--gt", type=Path, help="file of true poses, or a folder of them")
-    parser.add_argument("--json", type=Path, help="also write the metrics to this file (of folders: a list)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="also write the metrics to this file (of folders: a list; of a run also of refined answers, as `refined`)",
+    )
 
 
 def _print(columns: dict[str, dict[str, Any]], unit: str, title: str) -> None:
@@ -80,14 +84,14 @@ def _evaluate_run(root: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not the directory of a finished run.
     """
-    run = RunDirectory.open(root)
-    if not run.is_finished():
-        raise ConfigError(f"{root}: this run is not finished; run 'posemap train' with it again first")
-    truth, refined = root / "poses_test_gt.txt", root / "poses_test_refined.txt"
+    summary, truth, refined = (root / name for name in ("summary.json", "poses_test_gt.txt", "poses_test_refined.txt"))
+    if not summary.is_file():
+        raise ConfigError(f"{root}: not the directory of a finished run (no summary.json); end it by 'posemap train'")
     columns = {"network": evaluate_files(root / "poses_test.txt", truth)}
     if refined.exists():
         columns["refined"] = evaluate_files(refined, truth)
-    _print(columns, "m" if run.summary()["unit"] == "m" else "units", str(root))
+    is_metric = json.loads(summary.read_text(encoding="utf-8"))["unit"] == "m"
+    _print(columns, "m" if is_metric else "units", str(root))
     return columns.pop("network") | columns
 
 

@@ -20,7 +20,7 @@ from posemap_fast.refinement import PosedImages, RefinedScore, calibrate_refined
 from posemap_fast.results import finite
 from posemap_fast.run_dir import RunDirectory
 from posemap_fast.stages import read_scene
-from posemap_fast.train import predict_poses
+from posemap_fast.train import Checkpointer, predict_poses
 
 __all__ = ["refine"]
 
@@ -29,7 +29,8 @@ Judge the slow way to localize: the network's answer is moved until the map, ren
 (render and compare). Answers come several times closer, and how far parts of the picture pull the pose apart tells how
 wrong it still is. Validation views calibrate that, test views score it; both are printed and kept in
 RUN/refined.json, which gives `posemap localize RUN IMAGE --refine` its sigma. `posemap train` does this at its end;
-here it is done again, with other settings if you like. RUN must be finished, its scene in place.
+here it is done again, with other settings if you like; interrupted, it goes on where it was. RUN must be finished,
+its scene in place.
 """
 _EXAMPLE = """\
 examples:
@@ -80,11 +81,15 @@ def refine(options: argparse.Namespace) -> int:
     if len(test.images) == 0:
         raise DatasetError(f"{identity.scene}: has no test views to score the refined answers on")
     meter = make_progress(options.quiet)
-    keep = run.checkpoint("refine")
+    folder = run.checkpoint(f"refine_{options.rows}x{options.steps}")
+
+    def keep(name: str) -> Checkpointer:
+        return Checkpointer(folder / f"{name}.pt", identity.config.checkpoint_every_s)
+
     errors = calibrate_refined(refiner, net, validation, identity.seed, meter, keep)
     score = score_refined(refiner, predict_poses(net, test.images), test, errors, meter, keep)
     errors.save(run.refined_file, finite({"n_val": len(validation.images), "test": score.to_dict()}))
-    shutil.rmtree(keep)
+    shutil.rmtree(folder, ignore_errors=True)
     _print(score, scene.is_metric, Console())
     print(f"stored: {run.refined_file}")
     return 0

@@ -55,6 +55,8 @@ class AlignConfig:
             raise ConfigError(f"steps and batch must be >= 1; got {self.steps} and {self.batch}")
         if self.rvs_batch < 0 or self.replay_batch < 0:
             raise ConfigError(f"rvs_batch and replay_batch must be >= 0; got {self.rvs_batch} and {self.replay_batch}")
+        if self.replay_batch > 0 and self.rvs_batch == 0:
+            raise ConfigError(f"replay_batch needs rvs_batch > 0: it repeats these; got {self.replay_batch}")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be in (0, 1]; got {self.share}")
 

@@ -164,22 +164,33 @@ class DistilAlignStage:
             return []
         if self.random_views is None:
             self.random_views = self._source(trusted)
+        if self.random_views is None:
+            return []
         fresh = self.random_views.draw(k)
         old = self.replay.draw(self.config.replay_batch, generator)
         kept = (self.replay.poses[old], self.replay.images[old])
         self.replay.add(fresh[1], fresh[0])
         return [fresh, kept] if len(old) else [fresh]
 
-    def _source(self, trusted: torch.Tensor) -> RandomViewSource:
-        """Views as far from the poses found as those of training are from the training poses."""
+    def _source(self, trusted: torch.Tensor) -> RandomViewSource | None:
+        """Views as far from the poses found as those of training are from the training poses.
+
+        None are taken between two poses, which may be on two sides of something, nor around one where no camera can
+        have been; without any pose left there are no such views.
+        """
         online = self.online
-        ranges = dataclasses.replace(online.sampler.config, max_translation=online.sampler.max_translation)
+        usable = trusted[online.sampler.is_free(self.poses[trusted, :3, 3])]
+        if len(usable) == 0:
+            return None
+        ranges = dataclasses.replace(
+            online.sampler.config, max_translation=online.sampler.max_translation, interpolate=0.0
+        )
         return RandomViewSource(
             online.nerfp,
             online.renderer,
-            ViewSampler(ranges, self.poses[trusted], online.renderer),
+            ViewSampler(ranges, self.poses[usable], online.renderer),
             self.camera,
-            None if self.codes is None else self.codes[trusted],
+            None if self.codes is None else self.codes[usable],
             image_size=self.net.config.input_size,
             n_views=self.config.rvs_batch,
             appearance=ranges.appearance,
@@ -204,3 +215,4 @@ class DistilAlignStage:
         self.optimizer.load_state_dict(state["optimizer"])
         self.best.state = state["best"]
         self.replay.load_state_dict(state["replay"])
+        self.random_views = None

@@ -63,7 +63,8 @@ class ViewReplay:
 
     def state_dict(self) -> dict[str, Any]:
         """The filled part of the ring, without the PoseMaps, which are larger and soon rendered again."""
-        return {"images": self.images[: len(self)], "poses": self.poses[: len(self)], "n_added": self.n_added}
+        filled = slice(0, len(self))  # copied: of a view torch.save writes the whole ring
+        return {"images": self.images[filled].clone(), "poses": self.poses[filled].clone(), "n_added": self.n_added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from posemap_fast.bench.case import FAMILIES, BenchContext
 from posemap_fast.bench.peers import inerf
 from posemap_fast.bench.suites import refine
+from posemap_fast.eval.basin import displaced
 from posemap_fast.geometry import Camera, camera_rays, make_c2w, so3_exp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,27 +22,37 @@ def test_every_case_runs_with_its_peer_and_tells_what_is_left() -> None:
     cases = list(FAMILIES.get("refine/room")(CONTEXT))
     assert [case.work for case in cases] == [1, 8]
     for case in cases:
-        assert case.verify() <= case.tolerance
+        assert not case.notes and case.verify() <= case.tolerance
         assert {name.split(",")[0] for name in case.notes} == {"ours", "iNeRF"}
         for run in (case.run, *case.peers.values()):
             assert run().shape == (case.work, 4, 4)
+    only = dataclasses.replace(CONTEXT, only="*/one")
+    assert [case.name for case in FAMILIES.get("refine/room")(only)] == ["refine/room/one"]
 
 
-def test_a_side_that_stays_where_it_was_is_wrong(monkeypatch) -> None:
-    """Ours, and the peer, whose time would count as that of the same work."""
-    for name, module in (("refine_poses", refine), ("descend", inerf)):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *common, **_: Stayed(common[5]))
-            case = next(FAMILIES.get("refine/room")(CONTEXT))
-            assert case.verify() >= 1 - 1e-3 > refine._LEFT
-
-
-class Stayed(torch.Tensor):
+class Answer(torch.Tensor):
     """Poses that are also an answer with them."""
 
     @property
     def c2w(self) -> torch.Tensor:
         return self
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "left"), [(0, 0, 0.0), (8, 0, 1 / 0.25), (1, 0, 1 / 0.25), (0, 8, 1 / 0.5), (0, 3, 0.0)]
+)
+def test_a_side_that_stays_where_it_was_is_wrong(ours: int, theirs: int, left: float, monkeypatch) -> None:
+    """So many of eight stay: one of ours is enough, of the peer's it takes a half."""
+    truths = []
+    monkeypatch.setattr(refine, "displaced", lambda c2w, *rest: truths.append(c2w) or displaced(c2w, *rest))
+
+    def staying(n: int) -> Callable[..., torch.Tensor]:
+        return lambda *common, **_: torch.cat([common[5][:n], truths[0][n:]]).as_subclass(Answer)
+
+    monkeypatch.setattr(refine, "refine_poses", staying(ours))
+    monkeypatch.setattr(inerf, "descend", staying(theirs))
+    (case,) = FAMILIES.get("refine/room")(dataclasses.replace(CONTEXT, only="*/eight"))
+    assert case.verify() == pytest.approx(left, abs=1e-2)
 
 
 class Painting:

@@ -15,11 +15,13 @@ from posemap_fast import ops
 from posemap_fast.apr import APRConfig, PoseFrame, PoseMapReadout, build_aprnet
 from posemap_fast.fields import NeRFP, PoseDecoder
 from posemap_fast.progress import NoProgress
+from posemap_fast.render import ImagePoseConfig
 from posemap_fast.train import (
     AlignConfig,
     AlignStage,
     APRStage,
     APRTrainConfig,
+    DistilAlignStage,
     FieldStage,
     FieldTrainConfig,
     LossWeights,
@@ -133,3 +135,8 @@ def test_stages_3_and_4(
         assert stage.step(k)["loss"] > 0
     align = AlignStage(AlignConfig(steps=1, batch=2), net, online, views.images, camera, views, seed=0)
     assert align.step(0)["loss"] >= 0
+    schedule = {"image_pose": ImagePoseConfig(steps=1, rows=8), "min_gain": -math.inf}
+    config = AlignConfig(steps=2, batch=2, rvs_batch=2, replay_batch=2, **schedule)
+    distil = DistilAlignStage(config, net, online, views.images, camera, views, 0, views)
+    for k in range(distil.n_steps):
+        assert math.isfinite(distil.step(k)["loss"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -174,6 +175,8 @@ def test_starts_of_a_search_move_where_most_of_the_picture_is_sky(renderer, came
 def test_numbers_of_views_below_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="rvs_batch and replay_batch"):
         AlignConfig(replay_batch=-1)
+    with pytest.raises(ConfigError, match="replay_batch needs"):
+        AlignConfig(replay_batch=2)
 
 
 @pytest.mark.parametrize("values", [{"steps": 0}, {"rows": 3}])
@@ -237,6 +240,23 @@ def test_views_around_the_poses_found_teach_too(renderer, camera, truth, images,
     assert float(apart[:, [1, 3]].amax(dim=2).amin(dim=1).max()) < 0.1 + 1e-6
     view = render_views(renderer, PaintedRoom(), found.replay.poses[:1], camera, image_size=(32, 32))
     torch.testing.assert_close(found.replay.images[0].float(), 255 * view.rgb[0], atol=1, rtol=0)
+
+
+def test_random_views_are_near_the_poses_found_in_free_space_and_in_their_light(
+    renderer, camera, truth, images, monkeypatch
+) -> None:
+    monkeypatch.setattr(PaintedRoom, "appearance_code", lambda self, histograms: torch.rand(len(histograms), 3))
+    found = stage(renderer, camera, truth, images, rvs_batch=8, image_pose=SHORT)
+    found.online.sampler.config = dataclasses.replace(found.online.sampler.config, interpolate=1.0)
+    found.poses[:, :3, 3] = torch.tensor([[0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0], [0, -0.5, 0], [0, 0, 0]])
+    found.poses[1, :3, 3] = 0.45 * renderer.frame.length_to_world(1.0)  # in the wall
+    seen = found._random(0, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))[0][0]
+    source = found.random_views
+    assert source is not None and torch.equal(source.codes, found.codes[[0, 2]])
+    apart = (seen[:, None, :3, 3] - found.poses[[0, 2], :3, 3]).abs().amax(dim=2)
+    assert float(apart.amin(dim=1).max()) < 0.1 + 1e-6
+    found.random_views = None
+    assert found._random(1, torch.tensor([1]), torch.Generator()) == []
 
 
 def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, camera, truth, images) -> None:

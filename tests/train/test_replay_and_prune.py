@@ -81,6 +81,12 @@ def test_restored_ring_goes_on_like_the_original() -> None:
     assert torch.equal(first.images, second.images) and torch.equal(first.poses, second.poses)
 
 
+def test_a_ring_that_is_hardly_filled_is_stored_small() -> None:
+    ring = ViewReplay(1000, (4, 5))
+    ring.add(*views(2, 1))
+    assert ring.state_dict()["images"].untyped_storage().nbytes() == 2 * 4 * 5 * 3  # what torch.save writes
+
+
 def test_prune_keeps_what_cameras_see_and_drops_what_lies_behind(tiny_map, poses) -> None:
     nerfp, renderer = tiny_map
     with torch.no_grad():  # opaque everywhere: cameras see only what is next to them

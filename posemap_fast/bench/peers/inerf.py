@@ -1,10 +1,11 @@
-"""iNeRF (Yen-Chen et al. 2021, arXiv:2012.05877, section III): an image's pose by descent through a renderer.
+"""iNeRF (Yen-Chen et al. 2021, arXiv:2012.05877): an image's pose by descent through a renderer.
 
-Adam moves a pose on the tangent of SE(3) so that what the field shows along the rays of some pixels, drawn anew each
-step, becomes their colours. Of the paper are the loss (mean square of colours), the number of pixels (2048), the rate
-and its decay (0.01, 0.8 per hundred steps) and Adam's betas (0.9, 0.999); pixels are drawn from the whole image, not
-from regions of interest. It takes the fifty steps of NeFeS (Chen et al. 2024, arXiv:2303.10087) instead of three
-hundred. The renderer is ours, whose gradient reaches the rays through hash grid and compositing weights.
+Adam turns and moves a camera so that what the field shows along the rays of some pixels, drawn anew each step, becomes
+their colours. Of the paper are the loss (mean square of colours), the number of pixels (2048), the rate and its decay
+(0.01 radians, and scene units, 0.8 per hundred steps) and Adam's betas (0.9, 0.999). Otherwise than there, turns are
+about the camera's centre, not along screws; pixels are drawn with replacement from the whole image, not from regions
+of interest; and there are fifty steps, as in NeFeS (Chen et al. 2024, arXiv:2303.10087), which descends on features,
+instead of three hundred. The renderer is ours, whose gradient reaches the rays through hash grid and compositing.
 """
 
 from __future__ import annotations
