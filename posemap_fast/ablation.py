@@ -318,10 +318,11 @@ class _SceneRunner:
         errors = None
         try:
             if self.intervals:
-                errors = calibrate_refined(refiner, net, validation, self.seed, self.meter)
+                errors = calibrate_refined(refiner, net, validation, self.seed, self.meter, stages.checkpointer)
         except DatasetError as error:
             self.meter.note(f"no intervals of refined answers: {error}")
-        score = score_refined(refiner, predict_poses(net, test.images), test, errors, self.meter)
+        start = predict_poses(net, test.images)
+        score = score_refined(refiner, start, test, errors, self.meter, stages.checkpointer)
         if self._nearest_refined is None or self._nearest_refined[0] is not scene_map:
             found = score_refined(refiner, _nearest(stages), test, None, self.meter)
             self._nearest_refined = (scene_map, self._entry(f"{_BASELINES[1]}, refined", found.c2w, scene, seconds=0.0))
