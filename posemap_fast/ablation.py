@@ -32,7 +32,7 @@ from posemap_fast.files import write_text
 from posemap_fast.geometry import mean_pose
 from posemap_fast.localize import REFINEMENT, MapRefiner, SceneMap
 from posemap_fast.progress import ProgressMeter
-from posemap_fast.refinement import PosedImages, calibrate_refined, score_refined
+from posemap_fast.refinement import REFINEMENT_VERSION, PosedImages, calibrate_refined, score_refined
 from posemap_fast.results import (
     JudgedFrames,
     environment,
@@ -48,7 +48,6 @@ __all__ = ["Ablation", "AblationRow", "load_ablation", "run_ablation"]
 
 logger = logging.getLogger(__name__)
 _SCHEMA = 1
-_REFINE_VERSION = 2  # of how answers are refined and judged: finished rows of another one are refused
 _BASELINES = ("mean training pose", "nearest training view")
 
 
@@ -163,7 +162,7 @@ class _SceneRunner:
         """Results of a row: of the network, and of the aligned and the refined answers where the row asks for them."""
         further: dict[str, Any] = {"align": row.align}
         further |= {"intervals": True} if self.intervals else {}
-        further |= {"refine": to_dict(REFINEMENT) | {"version": _REFINE_VERSION}} if row.refine else {}
+        further |= {"refine": to_dict(REFINEMENT) | {"version": REFINEMENT_VERSION}} if row.refine else {}
         stored = self._stored(name, config, further, lambda: self._train_row(name, row, config))
         return [RowResult(**entry) for entry in stored["results"]]
 

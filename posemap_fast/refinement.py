@@ -31,10 +31,12 @@ from posemap_fast.progress import ProgressMeter
 from posemap_fast.seeding import step_generator
 from posemap_fast.train import Checkpoint, Checkpointer, predict_poses
 
-__all__ = ["Keep", "PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
+__all__ = ["REFINEMENT_VERSION", "Keep", "PosedImages", "RefinedScore", "calibrate_refined", "score_refined"]
 
 Keep = Callable[[str], Checkpointer]
 """Name of a part -> what keeps its answers so far, from which a call that was interrupted goes on."""
+REFINEMENT_VERSION = 2
+"""Of how answers are refined and judged: kept answers, and finished rows of ablations, of another one do not count."""
 
 _DISPLACED = 1.0  # times the network's median error on validation
 _PLACES = 4  # that the validation views are split into
@@ -42,7 +44,6 @@ _LEAST_VIEWS = 8  # of validation
 _INFLATION = 1.7  # of errors over the alignment's sigma, on validation views (docs/results/refinement.md)
 _USUAL_PLACES = 8  # that it counts for
 _CHUNK = 8  # images whose poses are moved at once; bounds the memory
-_ANSWERS_VERSION = 1  # of how they are found: kept answers of another one are not taken up
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _refine(
     meter: ProgressMeter,
 ) -> tuple[RefinedAnswers, float]:
     """Ends on the CPU and the seconds they took, with progress; goes on where an equal call was interrupted."""
-    identity = {"version": _ANSWERS_VERSION, "config": to_dict(refiner.config)}
+    identity = {"version": REFINEMENT_VERSION, "config": to_dict(refiner.config)}
     found = None if checkpointer is None else checkpointer.load()
     if found is None or found.state["identity"] != identity or not torch.equal(found.state["start"], start):
         found = Checkpoint(0, 0.0, 0, {})

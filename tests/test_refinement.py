@@ -140,7 +140,7 @@ def test_an_interrupted_judgement_goes_on_where_it_was(tmp_path, monkeypatch) ->
     others.config = dataclasses.replace(REFINEMENT, rows=12)
     score(others, test.c2w)
     assert len(others.seen) == 60
-    monkeypatch.setattr(refinement, "_ANSWERS_VERSION", 0)
+    monkeypatch.setattr(refinement, "REFINEMENT_VERSION", 0)
     score(others, test.c2w)
     assert len(others.seen) == 90
 
