@@ -11,11 +11,23 @@ import torch
 from posemap_fast.bench.case import FAMILIES, BenchContext
 from posemap_fast.bench.peers import inerf
 from posemap_fast.bench.suites import refine
+from posemap_fast.bench.suites.render import RoomMap, room_map
 from posemap_fast.eval.basin import displaced
 from posemap_fast.geometry import Camera, camera_rays, make_c2w, so3_exp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = BenchContext(torch.device("cpu"), is_smoke=True)
+
+
+@pytest.fixture(scope="module")
+def room(one_thread) -> RoomMap:
+    return room_map(CONTEXT)
+
+
+@pytest.fixture(autouse=True)
+def shared(room: RoomMap, monkeypatch) -> None:
+    """All take the map that is there."""
+    monkeypatch.setattr(refine, "room_map", lambda context: room)
 
 
 def test_every_case_runs_with_its_peer_and_tells_what_is_left() -> None:
