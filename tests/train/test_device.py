@@ -135,8 +135,10 @@ def test_stages_3_and_4(
         assert stage.step(k)["loss"] > 0
     align = AlignStage(AlignConfig(steps=1, batch=2), net, online, views.images, camera, views, seed=0)
     assert align.step(0)["loss"] >= 0
+    monkeypatch.setattr(ViewSampler, "is_free", lambda self, x: torch.isfinite(x).all(dim=1))  # all is full in this map
     schedule = {"image_pose": ImagePoseConfig(steps=1, rows=8), "min_gain": -math.inf}
     config = AlignConfig(steps=2, batch=2, rvs_batch=2, replay_batch=2, **schedule)
     distil = DistilAlignStage(config, net, online, views.images, camera, views, 0, views)
     for k in range(distil.n_steps):
         assert math.isfinite(distil.step(k)["loss"])
+    assert len(distil.replay) == 4  # of two steps
