@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from posemap_fast.bench.report import print_report as print_bench
+from posemap_fast.files import write_text
 
 _SIGNALS = {124: "ran past its limit", 137: "killed at its limit"}
 
@@ -26,12 +27,17 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the steps that have run into this folder."""
+    path = folder / "steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def gather(folder: Path) -> dict[str, Any]:
     """Steps, environment and figures."""
-    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     return {
         "schema": 1,
-        "steps": steps,
+        "steps": read_steps(folder),
         "environment": read_json(folder / "environment.log"),
         "backbones": read_json(folder / "backbones.json"),
         "bench": read_json(folder / "bench.json"),
@@ -59,15 +65,19 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             print_bench(report[name], console)
 
 
-def main() -> int:
+def report(folder: Path) -> None:
     """Write OUT/gpu_check.json and print the table."""
+    gathered = gather(folder)
+    write_text(folder / "gpu_check.json", json.dumps(gathered, indent=1) + "\n")
+    print_report(gathered, Console(width=160))
+
+
+def main() -> int:
+    """The report of one folder."""
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "steps.jsonl").is_file():
         print("usage: python benchmarks/gpu_report.py OUT  (a folder that tools/gpu_check.sh wrote)", file=sys.stderr)
         return 2
-    folder = Path(sys.argv[1])
-    report = gather(folder)
-    (folder / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_report(report, Console(width=160))
+    report(Path(sys.argv[1]))
     return 0
 
 

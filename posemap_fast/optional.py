@@ -9,18 +9,51 @@ import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from posemap_fast.errors import BackendError
 
-__all__ = ["NERFACC", "PYCOLMAP", "TINYCUDANN", "OptionalLibrary"]
+__all__ = ["NERFACC", "PYCOLMAP", "TINYCUDANN", "OptionalLibrary", "SourceMend"]
 
 _TCNN_INSTALL = (
-    'pip install "setuptools<81" ninja && TCNN_CUDA_ARCHITECTURES={architecture} pip install --no-build-isolation '
-    '"git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch"'
+    'pip install "setuptools<81" ninja && git clone --recursive https://github.com/NVlabs/tiny-cuda-nn && {mends}'
+    "TCNN_CUDA_ARCHITECTURES={architecture} pip install --no-build-isolation ./tiny-cuda-nn/bindings/torch"
 )
+
+
+@dataclass(frozen=True)
+class SourceMend:
+    """A substitution in a library's sources without which they do not compile for torch from `since` on."""
+
+    since: tuple[int, int]  # torch's major and minor version
+    folder: str  # shell word for the sources, as the install command leaves them
+    file: str  # below it
+    old: str  # a fixed string
+    new: str
+
+    def is_needed(self) -> bool:
+        """Whether this torch needs it."""
+        return _torch_version() >= self.since
+
+    def command(self) -> str:
+        """The substitution as a shell command."""
+        old, new = (text.replace("/", r"\/").replace("[", r"\[") for text in (self.old, self.new))
+        return f"sed -i 's/{old}/{new}/' {self.folder}/{self.file}"
+
+    def apply(self, folder: Path) -> None:
+        """The substitution in the sources below `folder`; nothing where it was made before.
+
+        Raises:
+            BackendError: the file is not there, or has neither text: these are not the sources that it was made for.
+        """
+        path = folder / self.file
+        text = path.read_text() if path.is_file() else ""
+        if self.old not in text and self.new not in text:
+            raise BackendError(f"{path} has no {self.old!r}, which {self.new!r} must replace: another version of it?")
+        path.write_text(text.replace(self.old, self.new))
 
 
 @dataclass(frozen=True)
@@ -28,10 +61,11 @@ class OptionalLibrary:
     """A Python package that the project can use but does not need."""
 
     module: str  # what is imported
-    install_command: str  # `{architecture}` stands for the GPU's compute capability
+    install_command: str  # `{architecture}`: the GPU's compute capability; `{mends}`: those that this torch needs
     note: str  # what the command needs; `{nvcc}` stands for the compiler that fits torch
     kernels: str = ""  # submodule whose `_C` is the compiled code, where importing `module` does not load it
     needs_cuda: bool = True
+    mends: tuple[SourceMend, ...] = ()
 
     def version(self) -> str | None:
         """Installed version, None when it is not installed; nothing is imported."""
@@ -47,7 +81,13 @@ class OptionalLibrary:
         nvcc = (
             f"nvcc {torch.version.cuda}" if torch.version.cuda else "a CUDA build of torch, which this is not, its nvcc"
         )
-        return f"{self.install_command.format(architecture=_architecture())}  ({self.note.format(nvcc=nvcc)})"
+        mends = "".join(f"{mend.command()} && " for mend in self.needed_mends())
+        command = self.install_command.format(architecture=_architecture(), mends=mends).removesuffix(" && ")
+        return f"{command}  ({self.note.format(nvcc=nvcc)})"
+
+    def needed_mends(self) -> list[SourceMend]:
+        """The substitutions in its sources that this torch needs."""
+        return [mend for mend in self.mends if mend.is_needed()]
 
     def problem(self) -> str | None:
         """Why it cannot be used here; None when it can. Nothing is imported."""
@@ -88,17 +128,37 @@ def _architecture() -> str:
     return f"{major}{minor}"
 
 
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+# torch's headers ask for C++20 from 2.14 on. Only tiny-cuda-nn's bindings include them; its own sources must stay
+# with C++17, because the formatting library that it brings does not compile as C++20 with nvcc.
+_TCNN_CPP20 = SourceMend(
+    (2, 14),
+    "tiny-cuda-nn/bindings/torch",
+    "setup.py",
+    'base_cflags = [f"-std=c++{cpp_standard}"]',
+    'base_cflags = ["-std=c++20"]',
+)
+# torch compiles extensions as C++20 from 2.13 on (tried with 2.14), where <cmath> has a `lerp` of its own.
+_NERFACC_FOLDER = "\"$(python -c 'import nerfacc; print(nerfacc.__path__[0])')\""
+_NERFACC_LERP = SourceMend((2, 13), _NERFACC_FOLDER, "cuda/csrc/include/utils_math.cuh", " lerp(", " lerp_of(")
+
 TINYCUDANN = OptionalLibrary(
     "tinycudann",
     _TCNN_INSTALL,
     "needs {nvcc}, git and minutes; TCNN_CUDA_ARCHITECTURES is the GPU's compute capability, "
     "and setuptools<81 still has the pkg_resources that its setup.py imports",
+    mends=(_TCNN_CPP20,),
 )
 NERFACC = OptionalLibrary(
     "nerfacc",
-    "pip install nerfacc==0.5.3",
+    "pip install nerfacc==0.5.3 && {mends}",
     "its kernels are compiled at the first use; needs {nvcc} on PATH, CUDA_HOME, ninja and minutes",
     kernels="nerfacc.cuda._backend",
+    mends=(_NERFACC_LERP,),
 )
 PYCOLMAP = OptionalLibrary(
     "pycolmap",

@@ -19,7 +19,7 @@ def test_without_a_gpu_or_the_library_the_error_says_both_and_how_to_install(mon
         FIELD_BACKBONES.get("tcnn")(FieldConfig(finest_resolution=64))
     message = str(error.value)
     assert "needs a CUDA device" in message and "not installed" in message
-    assert 'pip install --no-build-isolation "git+https://github.com/NVlabs/tiny-cuda-nn/' in message
+    assert "git clone --recursive https://github.com/NVlabs/tiny-cuda-nn" in message
     assert "TCNN_CUDA_ARCHITECTURES=" in message and "setuptools<81" in message
 
 
@@ -50,3 +50,13 @@ def test_kernels_that_were_not_compiled_are_an_error(monkeypatch) -> None:
     monkeypatch.setattr("importlib.import_module", lambda name: SimpleNamespace(_C=None))
     with pytest.raises(BackendError, match="nvcc is not on PATH"):
         NERFACC.load()
+
+
+def test_install_lines_are_those_of_this_torch(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    assert "sed" not in TINYCUDANN.install_line() and "sed" not in NERFACC.install_line()
+    assert NERFACC.install_line().startswith("pip install nerfacc==0.5.3  (")
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert "sed" not in TINYCUDANN.install_line() and "lerp_of(" in NERFACC.install_line()
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    assert "-std=c++20" in TINYCUDANN.install_line() and "lerp_of(" in NERFACC.install_line()
