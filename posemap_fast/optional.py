@@ -142,9 +142,9 @@ _TCNN_CPP20 = SourceMend(
     'base_cflags = [f"-std=c++{cpp_standard}"]',
     'base_cflags = ["-std=c++20"]',
 )
-# torch compiles extensions as C++20 from 2.13 on (tried with 2.14), where <cmath> has a `lerp` of its own.
+# torch compiles extensions as C++20 from 2.12 on (tried with 2.14), where <cmath> has a `lerp` of its own.
 _NERFACC_FOLDER = "\"$(python -c 'import nerfacc; print(nerfacc.__path__[0])')\""
-_NERFACC_LERP = SourceMend((2, 13), _NERFACC_FOLDER, "cuda/csrc/include/utils_math.cuh", " lerp(", " lerp_of(")
+_NERFACC_LERP = SourceMend((2, 12), _NERFACC_FOLDER, "cuda/csrc/include/utils_math.cuh", " lerp(", " lerp_of(")
 
 TINYCUDANN = OptionalLibrary(
     "tinycudann",

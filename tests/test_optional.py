@@ -53,10 +53,10 @@ def test_kernels_that_were_not_compiled_are_an_error(monkeypatch) -> None:
 
 
 def test_install_lines_are_those_of_this_torch(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     assert "sed" not in TINYCUDANN.install_line() and "sed" not in NERFACC.install_line()
     assert NERFACC.install_line().startswith("pip install nerfacc==0.5.3  (")
-    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    monkeypatch.setattr(torch, "__version__", "2.12.0")
     assert "sed" not in TINYCUDANN.install_line() and "lerp_of(" in NERFACC.install_line()
     monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
     assert "-std=c++20" in TINYCUDANN.install_line() and "lerp_of(" in NERFACC.install_line()
