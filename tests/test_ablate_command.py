@@ -152,6 +152,9 @@ def test_intervals_are_judged_before_and_after_alignment(finished: Finished, cop
     assert "full.json: was made with another intervals" in error
 
 
+ENDS = (", refined", "")
+
+
 def test_answers_that_the_map_corrects_are_scored_beside_the_others(finished, copy, monkeypatch, capsys) -> None:
     file = copy.parent / "refined.yaml"
     file.write_text(
@@ -162,8 +165,9 @@ def test_answers_that_the_map_corrects_are_scored_beside_the_others(finished, co
     assert "90 % below" in "".join(capsys.readouterr().out.split("│"))
     rows = [row["row"] for row in json.loads((copy / "results.json").read_text())["rows"]]
     assert rows[-2:] == ["nearest training view, refined", "with stage 4, aligned, refined"]
-    aligned, refined = (errors_of(copy, name, "with_stage_4") for name in ("with stage 4, aligned", rows[-1]))
-    assert len(refined[0]) == len(aligned[0]) and refined != aligned
+    before, after = ([errors_of(copy, name.removesuffix(end), "with_stage_4") for name in rows[-2:]] for end in ENDS)
+    assert [len(t) for t, _ in before] == [len(t) for t, _ in after] == [4, 4]
+    assert before != after  # which answers of so small a training are near enough to move depends on torch's version
 
 
 def test_a_scene_that_cannot_calibrate_refined_answers_has_them_without_intervals(copy, monkeypatch) -> None:

@@ -32,13 +32,15 @@ def triplet_loss(
     literal form of DFNet's code: a 5-D input to a loss that reduces the innermost axis, so an image row per channel.
 
     Args:
-        rendered, real: (levels, B, C, h, w), row b of both showing the same view; B >= 2.
+        rendered, real: (levels, B, C, h, w), row b of both showing the same view; B >= 2. Half precision is compared
+            in float32: the 1e-6 and the differences of near features would be lost in its mantissa.
     Raises:
         ShapeError: B = 1 (the negative would be the positive), or shapes differ.
     """
     _check(rendered, real)
     if distance not in _AXES:
         raise ConfigError(f"triplet distance must be one of {', '.join(_AXES)}; got '{distance}'")
+    rendered, real = _precise(rendered), _precise(real)
     anchor, positive, negative = _pairings(rendered, real)[hardest_pairing(rendered, real)]
     axis = _AXES[distance]
     return functional.triplet_margin_loss(
@@ -54,8 +56,13 @@ def hardest_pairing(rendered: torch.Tensor, real: torch.Tensor) -> int:
     view; 3: real with the next real view.
     """
     _check(rendered, real)
-    scores = [functional.mse_loss(anchor, negative) for anchor, _, negative in _pairings(rendered, real)]
+    pairings = _pairings(_precise(rendered), _precise(real))
+    scores = [functional.mse_loss(anchor, negative) for anchor, _, negative in pairings]
     return int(torch.stack(scores).argmin())
+
+
+def _precise(features: torch.Tensor) -> torch.Tensor:
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
 
 
 def _pairings(rendered: torch.Tensor, real: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -93,3 +93,10 @@ def test_one_view_or_other_shapes_are_refused():
         triplet_loss(torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     with pytest.raises(ConfigError, match="channels, width"):
         triplet_loss(torch.zeros(1, 2, 4, 2, 2), torch.zeros(1, 2, 4, 2, 2), distance="height")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_in_float32(dtype):
+    rendered, real = (_random(seed, 2, 3, 4, 2, 2).to(dtype) for seed in (1, 2))
+    assert torch.equal(triplet_loss(rendered, real), triplet_loss(rendered.float(), real.float()))
+    assert hardest_pairing(rendered, real) == hardest_pairing(rendered.float(), real.float())

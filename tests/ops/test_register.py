@@ -50,4 +50,5 @@ def test_a_profile_names_the_op() -> None:
     x, params = inputs()
     with torch.profiler.profile() as profile:
         fused_mlp(x, params.requires_grad_(), SPEC)
-    assert "fused_mlp" in [event.key for event in profile.key_averages()]
+    names = [event.key.removeprefix("posemap_fast::") for event in profile.key_averages()]  # torch before 2.5 keeps it
+    assert "fused_mlp" in names
