@@ -30,6 +30,7 @@ from posemap_fast.fields.tcnn_layout import (
 )
 from posemap_fast.ops import HashGridSpec, MLPSpec, sh_encode
 from posemap_fast.ops.reference.fused_mlp import joined_input
+from posemap_fast.ops.reference.hash_encode import clamped_positions
 from posemap_fast.optional import TINYCUDANN
 
 __all__ = ["TcnnFunctions", "build_on", "build_tcnn"]
@@ -77,7 +78,7 @@ class TcnnFunctions:
     def hash_encode(self, x: torch.Tensor, table: torch.Tensor, spec: HashGridSpec) -> torch.Tensor:
         """As `ops.hash_encode`: clamped positions, NaN as 0, gradients to both."""
         expect_shape("tcnn", "table", table, (spec.n_entries, spec.n_features_per_level))
-        unit = torch.where(x.isnan(), 0.0, x).clamp(0.0, 1.0)  # tiny-cuda-nn wraps around outside the cube
+        unit = clamped_positions(x)  # tiny-cuda-nn wraps around outside the cube
         return self._call(spec, unit, to_tcnn_table(table), spec.output_dim)
 
     def fused_mlp(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +29,7 @@ from posemap_fast.seeding import step_generator
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.posemap_distance import posemap_distance
 from posemap_fast.train.random_views import RandomViewSource, ViewBank
-from posemap_fast.train.replay import ViewReplay
+from posemap_fast.train.replay import RandomViews, ViewReplay, draw_views
 from posemap_fast.train.rvs import ViewSampler
 from posemap_fast.train.selection import BestState, network_input
 from posemap_fast.train.view_cache import ViewCache
@@ -106,14 +106,6 @@ class OnlineMap:
     feature_scale: float  # root mean square norm of a PoseMap cell: makes the L2 of PoseMaps scale-free
     readout: PoseMapReadout | None = None  # scene points from PoseMaps, for networks that predict PoseMaps
     bank: Path | None = None  # folder that keeps random views for other networks on the same map and seed
-
-
-class RandomViews(NamedTuple):
-    """Views at random poses: the fresh ones first, then those of earlier steps."""
-
-    poses: torch.Tensor  # (n, 4, 4)
-    images: torch.Tensor  # (n, h, w, 3) uint8
-    posemaps: torch.Tensor | None  # (m, C, rows, cols) at the first m poses: as many as L_rvs compares, if any
 
 
 class APRStage:
@@ -299,19 +291,15 @@ class APRStage:
         """Fresh views of step k, and views of earlier steps."""
         if self.random_views is None:
             return None
-        poses, images = self.random_views.draw(k)
-        fresh_maps = self._posemaps(poses) if self.config.weights.rvs_posemap > 0 else None
-        old = self.replay.draw(self.config.replay_batch, generator)
-        all_poses = torch.cat([poses, self.replay.poses[old]])
-        all_images = torch.cat([images, self.replay.images[old]])
-        if fresh_maps is None or self.net.refiner is None:  # PoseMaps at predicted poses are rendered for fresh views
-            self.replay.add(images, poses)
-            return RandomViews(all_poses, all_images, fresh_maps)
-        posemaps = fresh_maps
-        if len(old) > 0:
-            posemaps = torch.cat([fresh_maps, self.replay.posemaps(old, self._posemaps)])
-        self.replay.add(images, poses, fresh_maps)
-        return RandomViews(all_poses, all_images, posemaps)
+        return draw_views(
+            self.random_views,
+            self.replay,
+            self.config.replay_batch,
+            k,
+            generator,
+            self._posemaps if self.config.weights.rvs_posemap > 0 else None,
+            of_kept=self.net.refiner is not None,  # PoseMaps at predicted poses are rendered for fresh views only
+        )
 
     @property
     def seconds_saved(self) -> float:

@@ -32,7 +32,7 @@ from posemap_fast.train.apr import OnlineMap
 from posemap_fast.train.nerfp import TrainingViews
 from posemap_fast.train.posemap_distance import posemap_distance
 from posemap_fast.train.random_views import RandomViewSource
-from posemap_fast.train.replay import ViewReplay
+from posemap_fast.train.replay import RandomViews, ViewReplay, draw_views
 from posemap_fast.train.rvs import ViewSampler
 from posemap_fast.train.selection import GuardedState, network_input, predict_poses
 
@@ -54,7 +54,7 @@ class DistilAlignStage:
         camera: theirs and the training images'.
         validation: views of the guard.
         seed: of the run.
-        training: labelled views, mixed in so that nothing is forgotten.
+        training: labelled views, those of `online.cache`, mixed in so that nothing is forgotten.
         name: of the stage.
     """
 
@@ -126,19 +126,18 @@ class DistilAlignStage:
         device = self.poses.device
         new = trusted[integers(generator, len(trusted), config.batch, device)]
         known = integers(generator, len(self.training), config.batch, device)
-        parts = [
-            (self.poses[new], self.images[new]),
-            (self.training.c2w[known], self.training.images[known]),
-            *self._random(k, trusted, generator),
-        ]
+        parts = [(self.poses[new], self.images[new]), (self.training.c2w[known], self.training.images[known])]
+        random = self._random_views(k, trusted, generator)
+        if random is not None:
+            parts.append((random.poses, random.images))
         output = net(torch.cat([net.resized(network_input(images)) for _, images in parts]))
-        poses = torch.cat([c2w for c2w, _ in parts])
-        target = net.pose_frame.encode(poses)
-        maps = output.posemap
+        target = net.pose_frame.encode(torch.cat([c2w for c2w, _ in parts]))
+        wanted, maps = self._true_posemaps(self.poses[new]), output.posemap
         if maps is None:
             maps = self._posemaps(output.c2w[: config.batch])
-        with torch.no_grad():
-            wanted = self._posemaps(poses[: len(maps)])
+        else:
+            kept = [] if random is None or random.posemaps is None else [random.posemaps]
+            wanted = torch.cat([wanted, online.cache.posemaps[known], *kept])
         if net.refiner is None:
             apart = posemap_l2(maps, wanted, scale=online.feature_scale)
         else:
@@ -156,21 +155,20 @@ class DistilAlignStage:
     def _posemaps(self, c2w: torch.Tensor) -> torch.Tensor:
         return render_posemaps(self.online.renderer, self.online.nerfp, c2w, self.camera)
 
-    def _random(
-        self, k: int, trusted: torch.Tensor, generator: torch.Generator
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Poses and images of views around the poses found: fresh ones, and some of earlier steps."""
+    @torch.no_grad()
+    def _true_posemaps(self, c2w: torch.Tensor) -> torch.Tensor:
+        return self._posemaps(c2w)
+
+    def _random_views(self, k: int, trusted: torch.Tensor, generator: torch.Generator) -> RandomViews | None:
+        """Views around the poses found."""
         if self.config.rvs_batch == 0:
-            return []
+            return None
         if self.random_views is None:
             self.random_views = self._source(trusted)
         if self.random_views is None:
-            return []
-        fresh = self.random_views.draw(k)
-        old = self.replay.draw(self.config.replay_batch, generator)
-        kept = (self.replay.poses[old], self.replay.images[old])
-        self.replay.add(fresh[1], fresh[0])
-        return [fresh, kept] if len(old) else [fresh]
+            return None
+        render = None if self.net.refiner is None else self._true_posemaps
+        return draw_views(self.random_views, self.replay, self.config.replay_batch, k, generator, render)
 
     def _source(self, trusted: torch.Tensor) -> RandomViewSource | None:
         """Views as far from the poses found as those of training are from the training poses.

@@ -1,15 +1,24 @@
-"""A ring of random views rendered in earlier steps: they cost a network pass, not a rendering."""
+"""The random views of a step: fresh ones, and some of earlier steps, which cost a network pass, not a rendering."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from posemap_fast.seeding import integers
+from posemap_fast.train.random_views import RandomViewSource
 
-__all__ = ["ViewReplay"]
+__all__ = ["RandomViews", "ViewReplay", "draw_views"]
+
+
+class RandomViews(NamedTuple):
+    """Views at random poses: the fresh ones first, then those of earlier steps."""
+
+    poses: torch.Tensor  # (n, 4, 4)
+    images: torch.Tensor  # (n, h, w, 3) uint8
+    posemaps: torch.Tensor | None  # (m, C, rows, cols) at the first m poses; None where none were asked for
 
 
 class ViewReplay:
@@ -72,3 +81,29 @@ class ViewReplay:
         self.images[:n], self.poses[:n] = state["images"], state["poses"]
         self.n_added = state["n_added"]
         self._is_rendered.fill_(False)
+
+
+def draw_views(
+    source: RandomViewSource,
+    replay: ViewReplay,
+    n_kept: int,
+    k: int,
+    generator: torch.Generator,
+    render: Callable[[torch.Tensor], torch.Tensor] | None,
+    *,
+    of_kept: bool = True,
+) -> RandomViews:
+    """The views of step k: those of `source`, and `n_kept` of those that the ring holds, which then takes the new ones.
+
+    Args:
+        render: PoseMaps (m, C, rows, cols) at poses (m, 4, 4); None: no PoseMaps are wanted.
+        of_kept: whether they are wanted of the kept views, too; those that the ring has are not rendered again.
+    """
+    poses, images = source.draw(k)
+    posemaps = fresh = None if render is None else render(poses)
+    slots = replay.draw(n_kept, generator)
+    all_poses, all_images = torch.cat([poses, replay.poses[slots]]), torch.cat([images, replay.images[slots]])
+    if render is not None and fresh is not None and of_kept and len(slots) > 0:
+        posemaps = torch.cat([fresh, replay.posemaps(slots, render)])
+    replay.add(images, poses, fresh if of_kept else None)
+    return RandomViews(all_poses, all_images, posemaps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -21,11 +22,20 @@ from posemap_fast.render import (
     image_pose,
     picture_differences,
     refine_poses,
+    render_posemaps,
     render_views,
     search_poses,
 )
 from posemap_fast.render.picture_alignment import AlignedPoses
-from posemap_fast.train import AlignConfig, DistilAlignStage, OnlineMap, RVSConfig, TrainingViews, ViewSampler
+from posemap_fast.train import (
+    AlignConfig,
+    DistilAlignStage,
+    OnlineMap,
+    RVSConfig,
+    TrainingViews,
+    ViewSampler,
+    distil_align,
+)
 from posemap_fast.train.selection import GuardedState, network_input
 
 
@@ -195,7 +205,8 @@ def stage(renderer, camera, truth, images, pose_from="head", **changes) -> Disti
     views = TrainingViews.of(images, truth, camera)
     renderer.occupancy.restrict(lambda x: (x - 0.5).abs().amax(dim=1) > 0.3)  # the middle of the room is free
     sampler = ViewSampler(RVSConfig(max_translation=0.1), truth, renderer)
-    online = OnlineMap(PaintedRoom(), renderer, sampler, None, 1.0)  # type: ignore[arg-type]
+    cache = SimpleNamespace(posemaps=render_posemaps(renderer, PaintedRoom(), truth, camera))
+    online = OnlineMap(PaintedRoom(), renderer, sampler, cache, 1.0)  # type: ignore[arg-type]
     options = {"steps": 6, "batch": 2, "lr": 1e-3, "validate_every": 2, "guard": 10.0, "image_pose": CONFIG}
     config = AlignConfig(**(options | changes))
     found = DistilAlignStage(config, network(truth, camera, pose_from), online, images, camera, views, 0, views)
@@ -227,6 +238,28 @@ def test_a_network_that_predicts_posemaps_learns_those_at_the_poses_found(render
     assert not any("running" in name or name.startswith("refiner.readout") for name in moved)
 
 
+def test_posemaps_are_those_at_all_true_poses_of_a_step(renderer, camera, truth, images, monkeypatch) -> None:
+    """Those of new images are rendered, those of training and of kept views come from where they are kept."""
+    changes = {"rvs_batch": 2, "replay_batch": 3, "posemap_weight": 1.0, "image_pose": SHORT}
+    found = stage(renderer, camera, truth, images, "posemap", **changes)
+    poses, wanted, rendered = [], [], []
+    encode, render = PoseFrame.encode, distil_align.render_posemaps
+    monkeypatch.setattr(PoseFrame, "encode", lambda self, c2w: poses.append(c2w) or encode(self, c2w))
+    monkeypatch.setattr(distil_align, "render_posemaps", lambda *args: rendered.append(len(args[2])) or render(*args))
+    distance = distil_align.posemap_distance
+
+    def kept(net, maps, true, **more):
+        wanted.append(true)
+        return distance(net, maps, true, **more)
+
+    monkeypatch.setattr(distil_align, "posemap_distance", kept)
+    for k in range(found.n_steps):
+        found.step(k)
+    assert [len(true) for true in wanted[:4]] == [6, 6, 9, 9] and rendered == [2] * (2 * len(wanted))
+    for c2w, true in zip(poses, wanted, strict=True):
+        torch.testing.assert_close(true, render(renderer, PaintedRoom(), c2w, camera))
+
+
 def test_views_around_the_poses_found_teach_too(renderer, camera, truth, images, monkeypatch) -> None:
     """Fresh ones in every step, those of earlier steps once there are enough; none around a pose that does not fit."""
     found = stage(renderer, camera, truth, images, rvs_batch=2, replay_batch=3, image_pose=SHORT)
@@ -250,13 +283,13 @@ def test_random_views_are_near_the_poses_found_in_free_space_and_in_their_light(
     found.online.sampler.config = dataclasses.replace(found.online.sampler.config, interpolate=1.0)
     found.poses[:, :3, 3] = torch.tensor([[0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0], [0, -0.5, 0], [0, 0, 0]])
     found.poses[1, :3, 3] = 0.45 * renderer.frame.length_to_world(1.0)  # in the wall
-    seen = found._random(0, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))[0][0]
+    seen = found._random_views(0, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0)).poses
     source = found.random_views
     assert source is not None and torch.equal(source.codes, found.codes[[0, 2]])
     apart = (seen[:, None, :3, 3] - found.poses[[0, 2], :3, 3]).abs().amax(dim=2)
     assert float(apart.amin(dim=1).max()) < 0.1 + 1e-6
     found.random_views = None
-    assert found._random(1, torch.tensor([1]), torch.Generator()) == []
+    assert found._random_views(1, torch.tensor([1]), torch.Generator()) is None
 
 
 def test_images_that_the_map_does_not_come_to_resemble_teach_nothing(renderer, camera, truth, images) -> None:

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from posemap_fast.ops.hash_encode import HashGridSpec
 
-__all__ = ["corner_rows", "hash_encode", "hash_encode_gradients"]
+__all__ = ["clamped_positions", "corner_rows", "hash_encode", "hash_encode_gradients"]
 
 PRIMES = (1, 2654435761, 805459861)
 CORNERS = tuple(itertools.product((0, 1), repeat=3))
@@ -28,8 +28,12 @@ def corner_rows(corner: torch.Tensor, resolution: int, n_rows: int) -> torch.Ten
     return ((x * PRIMES[0]) ^ (y * PRIMES[1]) ^ (z * PRIMES[2])) % n_rows
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x.isnan(), 0.0, x).clamp(0.0, 1.0)
+def clamped_positions(x: torch.Tensor) -> torch.Tensor:
+    """Positions in [0, 1], NaN as 0; the gradient passes from 0 to 1, the borders included.
+
+    `clamp` would do, but its gradient exactly at a bound was 1 up to torch 2.13 and is 0 from 2.14 on.
+    """
+    return torch.where((x >= 0) & (x <= 1), x, (x > 1).to(x.dtype))
 
 
 def _corners(
@@ -52,7 +56,7 @@ def hash_encode(x: torch.Tensor, table: torch.Tensor, spec: HashGridSpec) -> tor
     Returns:
         (n, n_levels * F), a view of an (n_levels * F, n) buffer. Differentiable in x and table by autograd.
     """
-    unit = _unit(x)
+    unit = clamped_positions(x)
     levels = []
     for level in range(spec.n_levels):
         value = table.new_zeros(len(x), table.shape[1])
@@ -70,7 +74,7 @@ def hash_encode_gradients(
     Args:
         grad: (n, n_levels * F), cotangent of the encoding.
     """
-    unit = _unit(x)
+    unit = clamped_positions(x)
     n_features = spec.n_features_per_level
     found = x.new_zeros(spec.n_entries, n_features) if table is None else torch.zeros_like(unit)
     for level in range(spec.n_levels):
