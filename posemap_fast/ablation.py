@@ -236,7 +236,7 @@ class _SceneRunner:
             "seconds": round(stages.seconds["field"], 1),
             "samples_per_ray": round(stage.totals["samples"] / max(1.0, stage.totals["rays"]), 2),
         }
-        return {"results": [entry]} | _origin()
+        return {"results": [entry]} | _origin(stages.device)
 
     def _field_folder(self, scene: Scene, config: ExperimentConfig) -> Path:
         return self.folder / "fields" / _digest([scene.fingerprint, field_part(config)])
@@ -273,7 +273,7 @@ class _SceneRunner:
             label = f"{name}, aligned, refined" if row.align else f"{name}, refined"
             entries += self._refined(label, aligned if row.align else net, stages, scene_map)
         extra = {"map": key, "map_seconds": {k: round(v, 1) for k, v in stages.seconds.items() if k in _MAP_PARTS}}
-        return extra | {"results": [*self._baselines(stages), *entries]} | _origin()
+        return extra | {"results": [*self._baselines(stages), *entries]} | _origin(stages.device)
 
     def _map(self, config: ExperimentConfig) -> tuple[str, Path, SceneStages, SceneMap, OnlineMap]:
         """The map that this configuration asks for: kept, read, or trained; its key, and the folder of its field."""
@@ -384,8 +384,8 @@ def _file_name(row: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in row)
 
 
-def _origin() -> dict[str, Any]:
-    return {"commit": git_commit(), "environment": environment()}
+def _origin(device: torch.device) -> dict[str, Any]:
+    return {"commit": git_commit(), "environment": environment(device)}
 
 
 def _read_row(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 
+from posemap_fast.errors import ConfigError
 from posemap_fast.ops import _library
 from posemap_fast.optional import NERFACC, TINYCUDANN, OptionalLibrary
 
-__all__ = ["AUTO", "resolve_backend", "runnable_backend", "why_not"]
+__all__ = ["AUTO", "named_device", "resolve_backend", "runnable_backend", "why_not"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,25 @@ _ORDER: dict[Kind, tuple[str, ...]] = {
     "render.backend": ("native", "nerfacc", "reference"),
 }
 _LIBRARIES: dict[str, OptionalLibrary] = {"tcnn": TINYCUDANN, "nerfacc": NERFACC}
+
+
+def named_device(name: str) -> torch.device:
+    """The device that a user names: cpu, cuda, cuda:1, ..., or `auto`, the first GPU where there is one.
+
+    Raises:
+        ConfigError: no such name, or no such GPU here.
+    """
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: '{name}' is no device; use auto, cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: '{name}' is not supported; use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: '{name}' was asked for, torch {torch.__version__} sees no such GPU; use cpu")
+    return device
 
 
 def why_not(name: str, device: torch.device) -> str | None:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from posemap_fast.apr import BACKBONES, HEADS, APRConfig
-from posemap_fast.backends import AUTO, resolve_backend
+from posemap_fast.backends import AUTO, named_device, resolve_backend
 from posemap_fast.config import load_config
 from posemap_fast.errors import ConfigError
 from posemap_fast.fields import FIELD_BACKBONES, FieldConfig
@@ -69,8 +67,7 @@ class ExperimentConfig:
             FIELD_BACKBONES.get(self.field.backbone)
         if self.render.backend != AUTO:
             RENDER_BACKENDS.get(self.render.backend)
-        if self.device != AUTO:
-            _check_device(self.device)
+        named_device(self.device)
         BACKBONES.get(self.network.backbone)
         HEADS.get(self.network.head)
         if not self.apr.teaches_poses:
@@ -86,29 +83,15 @@ class ExperimentConfig:
 
     def resolved(self) -> ExperimentConfig:
         """The same with the device and the backends that `auto` stands for here: a stored run says what it used."""
-        name = self.device
-        if name == AUTO:
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
+        device = named_device(self.device)
         field = resolve_backend("field.backbone", self.field.backbone, device)
         render = resolve_backend("render.backend", self.render.backend, device)
         return dataclasses.replace(
             self,
-            device=name,
+            device=str(device),
             field=dataclasses.replace(self.field, backbone=field),
             render=dataclasses.replace(self.render, backend=render),
         )
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: '{name}' is no device; use auto, cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: '{name}' is not supported; use auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: '{name}' was asked for, torch {torch.__version__} sees no such GPU; use device=cpu")
 
 
 def preset_names() -> list[str]:

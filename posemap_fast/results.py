@@ -85,14 +85,27 @@ class PoseErrors:
         return cls(predicted, *pose_errors(predicted, truth))
 
 
+class ShownView(NamedTuple):
+    """What the map shows at the true pose of a test view, on the CPU."""
+
+    render: torch.Tensor  # (H, W, 3) uint8
+    posemap: torch.Tensor  # (C, rows, cols)
+
+
+class HeldOutPictures(NamedTuple):
+    """What the map shows at the true poses of the test views."""
+
+    psnr_db: list[float]  # per view
+    ssim: list[float]
+    vectors: torch.Tensor  # (n, 12) that the decoder reads off the PoseMaps, on the CPU
+    shown: dict[int, ShownView]  # of the views that the report shows; all of them are gigabytes in a large scene
+
+
 @dataclass
 class Outcome:
     """Everything measured on the test split."""
 
-    psnr_db: list[float]  # per test view
-    ssim: list[float]
-    renders: torch.Tensor  # (n, H, W, 3) uint8 at the true test poses
-    posemaps: torch.Tensor  # (n, 256, rows, cols)
+    pictures: HeldOutPictures
     errors: dict[str, PoseErrors]  # decoder, pose_only, apr, aligned, mean_pose, nearest_view
     error_model: ErrorModel  # of the aligned network
     calibration: Calibration  # of its intervals
@@ -107,19 +120,10 @@ def render_batch(scene_map: SceneMap, c2w: torch.Tensor, views: TrainingViews, i
     return render_views(scene_map.renderer, scene_map.nerfp, pose, scene_map.camera, appearance=codes, background=0.5)
 
 
-class HeldOutPictures(NamedTuple):
-    """What the map shows at the true poses of the test views."""
-
-    psnr_db: list[float]  # per view
-    ssim: list[float]
-    renders: torch.Tensor  # (n, H, W, 3) uint8
-    posemaps: torch.Tensor  # (n, C, rows, cols)
-
-
 @torch.no_grad()
 def render_test_views(scene_map: SceneMap, test: TrainingViews, meter: ProgressMeter) -> HeldOutPictures:
     """Render every test view, in the light of its own image, and compare it with that image inside the border."""
-    psnrs, ssims, renders, posemaps = [], [], [], []
+    psnrs, ssims, vectors, kept, wanted = [], [], [], {}, _pictured(len(test))
     with meter.task("evaluate", total=len(test)) as task:
         for i in range(len(test)):
             view = render_batch(scene_map, test.c2w[i], test, i)
@@ -127,11 +131,17 @@ def render_test_views(scene_map: SceneMap, test: TrainingViews, meter: ProgressM
             shown, truth = test.border.inside(view.rgb[0]), test.border.inside(image)
             psnrs.append(psnr_db(shown, truth))
             ssims.append(ssim(shown, truth))
-            renders.append((view.rgb[0] * 255).round().to(torch.uint8).cpu())
             assert view.posemap is not None
-            posemaps.append(view.posemap[0])
+            vectors.append(scene_map.decoder(view.posemap).cpu())
+            if i in wanted:
+                kept[i] = ShownView((view.rgb[0] * 255).round().to(torch.uint8).cpu(), view.posemap[0].cpu())
             task.update(i + 1, psnr_db=psnrs[-1])
-    return HeldOutPictures(psnrs, ssims, torch.stack(renders), torch.stack(posemaps))
+    return HeldOutPictures(psnrs, ssims, torch.cat(vectors), kept)
+
+
+def _pictured(n: int) -> list[int]:
+    """Which of n test views the report shows."""
+    return np.unique(np.linspace(0, n - 1, min(n, _PICTURES)).round().astype(int)).tolist()
 
 
 @torch.no_grad()
@@ -148,7 +158,7 @@ def evaluate(
     train, test = views["train"], views["test"]
     truth = scene.c2w[scene.views("test")]
     pictures = render_test_views(scene_map, test, meter)
-    decoded = scene_map.pose_frame.decode(scene_map.decoder(pictures.posemaps)).cpu()
+    decoded = scene_map.pose_frame.decode(pictures.vectors)
     train_c2w = scene.c2w[scene.views("train")]
     answers = {
         "decoder": decoded,
@@ -159,8 +169,7 @@ def evaluate(
     errors = {name: PoseErrors.of(c2w.double(), truth) for name, c2w in answers.items()}
     model, calibration = model_errors(nets["aligned"], views, random, unlabelled)
     trust = reliability_of(nets["aligned"], model, calibration, test)
-    maps = pictures.posemaps.cpu()
-    return Outcome(pictures.psnr_db, pictures.ssim, pictures.renders, maps, errors, model, calibration, trust)
+    return Outcome(pictures, errors, model, calibration, trust)
 
 
 class JudgedFrames(NamedTuple):
@@ -255,8 +264,8 @@ def summarize_run(
         "left_out": scene.notes,
         "unit": "m" if scene.is_metric else "scene units (not metric)",
         "nerf": {
-            "psnr_db": float(np.mean(outcome.psnr_db)),
-            "ssim": float(np.mean(outcome.ssim)),
+            "psnr_db": float(np.mean(outcome.pictures.psnr_db)),
+            "ssim": float(np.mean(outcome.pictures.ssim)),
             "train_s": round(seconds["field"], 2),
             "rays_per_s": round(field_stage.totals["rays"] / field_s, 1),
             "samples_per_ray": field_stage.totals["samples"] / max(1.0, field_stage.totals["rays"]),
@@ -273,7 +282,7 @@ def summarize_run(
         "baselines": {name: _medians(errors[name]) for name in ("mean_pose", "nearest_view", "pose_only")},
         "scene_extent_m": estimate.scene_extent,
         "time_s": {},
-        "environment": environment(),
+        "environment": environment(torch.device(identity.config.device)),
         "commit": git_commit(),
     }
 
@@ -322,17 +331,10 @@ def write_files(
 
 
 def _pictures(scene: Scene, test: TrainingViews, outcome: Outcome) -> list[ViewPicture]:
-    n = len(test)
-    chosen = np.unique(np.linspace(0, n - 1, min(n, _PICTURES)).round().astype(int)).tolist()
+    found = outcome.pictures
     return [
-        ViewPicture(
-            scene.names[scene.views("test")[i]],
-            test.images[i],
-            outcome.renders[i],
-            outcome.posemaps[i],
-            outcome.psnr_db[i],
-        )
-        for i in chosen
+        ViewPicture(scene.names[scene.views("test")[i]], test.images[i], shown.render, shown.posemap, found.psnr_db[i])
+        for i, shown in found.shown.items()
     ]
 
 
@@ -343,14 +345,14 @@ def _worst_cases(scene: Scene, scene_map: SceneMap, test: TrainingViews, outcome
     badness = badness + errors.r_err_deg / errors.r_err_deg.median().clamp(min=1e-9)
     cases = []
     for i in badness.argsort(descending=True)[:_WORST].tolist():
-        answered = render_batch(scene_map, errors.c2w[i], test, i).rgb[0]
+        true, answered = (render_batch(scene_map, c2w, test, i).rgb[0] for c2w in (test.c2w[i], errors.c2w[i]))
         cases.append(
             WorstCase(
                 scene.names[scene.views("test")[i]],
                 float(errors.t_err_m[i]),
                 float(errors.r_err_deg[i]),
                 test.images[i],
-                outcome.renders[i],
+                true,
                 answered,
             )
         )
@@ -366,16 +368,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def environment() -> dict[str, Any]:
-    """Machine and versions that a figure depends on."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine and versions that a figure depends on, which was found on `device`."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "posemap_fast": posemap_fast.__version__,
-        "kernels": ops.backend_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "kernels": ops.backend_name(device.type),
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posemap_fast.apr import PoseFrame
-from posemap_fast.backends import resolve_backend, runnable_backend, why_not
+from posemap_fast.backends import named_device, resolve_backend, runnable_backend, why_not
 from posemap_fast.errors import BackendError, ConfigError
 from posemap_fast.experiment import ExperimentConfig
 from posemap_fast.fields import FIELD_BACKBONES, FieldConfig
@@ -17,6 +17,7 @@ from posemap_fast.localize import SceneMap
 from posemap_fast.ops import _library
 from posemap_fast.optional import OptionalLibrary
 from posemap_fast.render import RENDER_BACKENDS, RenderConfig
+from posemap_fast.results import environment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -120,3 +121,32 @@ def test_a_runnable_backend_is_kept(machine) -> None:
     machine(("cpu",), ("tinycudann",))
     assert runnable_backend("field.backbone", "tcnn", CUDA) == "tcnn"
     assert runnable_backend("field.backbone", "reference", CPU) == "reference"
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_a_named_device_is_one_that_is_here(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert named_device(name) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert named_device(name) == torch.device("cpu" if name == "cpu" else "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("gpu", "'gpu' is no device"), ("meta", "'meta' is not supported"), ("cuda:7", "no such GPU")]
+)
+def test_a_device_that_is_not_here_is_refused(name: str, said: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=said):
+        named_device(name)
+    with pytest.raises(ConfigError, match=said):
+        ExperimentConfig(device=name)
+
+
+def test_a_run_on_the_cpu_asks_no_gpu(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("asked the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    found = environment(torch.device("cpu"))
+    assert found["cuda"] is None and found["kernels"] in ("native", "reference")

@@ -26,7 +26,7 @@ from posemap_fast.experiment import preset_names
 from posemap_fast.localize import PoseRegressor, SceneMap
 
 MINIATURE = [
-    *("--preset", "smoke", "--quiet"),
+    *("--preset", "smoke", "--quiet", "--set", "device=cpu"),  # compared bit by bit: a GPU adds in any order
     *("--set", "data.room_train=24", "--set", "data.room_test=6", "--set", "data.room_width=64"),
     *("--set", "nerf.steps=60", "--set", "nerf.samples_per_step=4096", "--set", "posemap.steps=30"),
     *("--set", "apr.steps=24", "--set", "apr.validate_every=8", "--set", "checkpoint_every_s=0.5"),

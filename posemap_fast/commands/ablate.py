@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from posemap_fast.ablation import Ablation, load_ablation, run_ablation
 from posemap_fast.ablation_results import summarize_pictures, summarize_rows
 from posemap_fast.commands.base import COMMANDS, Command
 from posemap_fast.errors import ConfigError, DatasetError
+from posemap_fast.experiment import load_experiment
 from posemap_fast.files import write_text
 from posemap_fast.progress import make_progress
 from posemap_fast.resources import resource_dir
@@ -85,7 +87,8 @@ def ablate(options: argparse.Namespace) -> int:
     for scene in scenes:
         console.print(_table(ablation, [row for row in summary if row["scene"] == scene], scene))
     if options.markdown:
-        write_text(options.markdown, _markdown(ablation, summary, list(scenes)))
+        device = load_experiment(ablation.preset, (), [*ablation.set, *options.set]).resolved().device
+        write_text(options.markdown, _markdown(ablation, summary, list(scenes), environment(torch.device(device))))
     console.print(f"results: {out / 'results.json'}", soft_wrap=True)
     return 0
 
@@ -206,8 +209,9 @@ _EXPLANATIONS = {
 }
 
 
-def _markdown(ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequence[str]) -> str:
-    machine = environment()
+def _markdown(
+    ablation: Ablation, rows: Sequence[dict[str, Any]], scenes: Sequence[str], machine: dict[str, Any]
+) -> str:
     place = machine["cuda"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [
         f"# {ablation.title}",

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from posemap_fast.backends import AUTO
 from posemap_fast.registry import Registry
 
-__all__ = ["COMMANDS", "Command"]
+__all__ = ["COMMANDS", "Command", "add_device_argument"]
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,10 @@ class Command:
 
 
 COMMANDS: Registry[Command] = Registry("command")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """`--device`, for `backends.named_device`."""
+    parser.add_argument(
+        "--device", default=AUTO, help="cpu, cuda, cuda:1, ... (default: auto, the first GPU where there is one)"
+    )

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from posemap_fast.commands.base import COMMANDS, Command
+from posemap_fast.backends import named_device
+from posemap_fast.commands.base import COMMANDS, Command, add_device_argument
 from posemap_fast.errors import ConfigError
 from posemap_fast.eval import read_trajectory
 from posemap_fast.eval.basin import BASIN_STARTS, draw_basin, measure_basin
@@ -43,6 +44,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the displacements (default: 0)")
     parser.add_argument("--picture", type=Path, help="also draw start and end errors (.png, .svg or .pdf)")
     parser.add_argument("--json", type=Path, help="also write the shares and medians to this file")
+    add_device_argument(parser)
 
 
 def _starts(texts: list[str] | None) -> list[tuple[float, float]]:
@@ -71,8 +73,9 @@ def basin(options: argparse.Namespace) -> int:
     if options.poses_used < 1 or options.steps < 1:
         raise ConfigError("--poses-used and --steps must be >= 1")
     starts = _starts(options.starts)
-    scene_map = SceneMap.load(options.run / "scene.map" if is_run else options.run)
-    c2w = read_trajectory(poses).c2w.float()
+    device = named_device(options.device)
+    scene_map = SceneMap.load(options.run / "scene.map" if is_run else options.run, device=device)
+    c2w = read_trajectory(poses).c2w.float().to(device)
     index = torch.linspace(0, len(c2w) - 1, min(options.poses_used, len(c2w))).round().long()
     rows = measure_basin(
         scene_map.renderer,

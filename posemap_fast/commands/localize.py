@@ -7,7 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from posemap_fast.commands.base import COMMANDS, Command
+import torch
+
+from posemap_fast.backends import named_device
+from posemap_fast.commands.base import COMMANDS, Command, add_device_argument
 from posemap_fast.errors import ConfigError
 from posemap_fast.localize import (
     REFINEMENT,
@@ -39,6 +42,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory, or a .pmnet file")
     parser.add_argument("--refine", action="store_true", help="correct the answers by render and compare")
     parser.add_argument("images", type=Path, nargs="+", help="PNG or JPEG files")
+    add_device_argument(parser)
 
 
 def localizer_file(run: Path) -> Path:
@@ -46,8 +50,8 @@ def localizer_file(run: Path) -> Path:
     return run / "localizer.pmnet" if run.is_dir() else run
 
 
-def _localizer(run: Path, is_refined: bool) -> Localizer:
-    regressor = PoseRegressor.load(localizer_file(run))
+def _localizer(run: Path, is_refined: bool, device: torch.device) -> Localizer:
+    regressor = PoseRegressor.load(localizer_file(run), device)
     if not is_refined:
         return regressor
     if not run.is_dir():
@@ -60,12 +64,12 @@ def _localizer(run: Path, is_refined: bool) -> Localizer:
             file=sys.stderr,
         )
     config = REFINEMENT if errors is None else errors.config
-    return RefinedRegressor(regressor, SceneMap.load(run / "scene.map"), config, errors)
+    return RefinedRegressor(regressor, SceneMap.load(run / "scene.map", device=device), config, errors)
 
 
 def localize(options: argparse.Namespace) -> int:
     """Print one JSON line per image."""
-    localizer = _localizer(options.run, options.refine)
+    localizer = _localizer(options.run, options.refine, named_device(options.device))
     images = [(path, read_image(path, localizer.camera)) for path in options.images]
     for path, image in images:
         print(json.dumps(localizer.localize(image).to_dict(str(path))), flush=True)

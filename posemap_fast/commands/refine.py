@@ -66,8 +66,8 @@ def refine(options: argparse.Namespace) -> int:
     device = torch.device(identity.config.device)
     if identity.config.threads:
         torch.set_num_threads(identity.config.threads)
-    net = PoseRegressor.load(run.localizer_file).net.to(device)
-    refiner = MapRefiner(SceneMap.load(run.map_file).to(device), config)
+    net = PoseRegressor.load(run.localizer_file, device).net
+    refiner = MapRefiner(SceneMap.load(run.map_file, device=device), config)
     scene = read_scene(identity.scene, identity.config.data)
     if scene.fingerprint != run.fingerprint():
         raise ConfigError(

@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 import torch
 
-from posemap_fast.commands.base import COMMANDS, Command
+from posemap_fast.backends import named_device
+from posemap_fast.commands.base import COMMANDS, Command, add_device_argument
 from posemap_fast.errors import DatasetError
 from posemap_fast.eval import read_trajectory
 from posemap_fast.files import atomic_path
@@ -32,10 +33,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, help="render only the first N poses")
     parser.add_argument("--depth", action="store_true", help="also write depth")
     parser.add_argument("--backbone", help="field backbone to render with (default: the one of the map)")
+    add_device_argument(parser)
 
 
 def _write_png(path: Path, pixels: torch.Tensor) -> None:
-    done, data = cv2.imencode(".png", pixels.numpy())
+    done, data = cv2.imencode(".png", pixels.cpu().numpy())
     assert done
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
@@ -44,7 +46,8 @@ def _write_png(path: Path, pixels: torch.Tensor) -> None:
 def render(options: argparse.Namespace) -> int:
     """Write one picture per pose."""
     path = options.run / "scene.map" if options.run.is_dir() else options.run
-    scene_map = SceneMap.load(path, options.backbone)
+    device = named_device(options.device)
+    scene_map = SceneMap.load(path, options.backbone, device)
     trajectory = read_trajectory(options.poses)
     count = min(options.limit or len(trajectory.keys), len(trajectory.keys))
     if not bool(torch.isfinite(trajectory.c2w[:count]).all()):
@@ -56,7 +59,7 @@ def render(options: argparse.Namespace) -> int:
             view = render_views(
                 scene_map.renderer,
                 scene_map.nerfp,
-                trajectory.c2w[i : i + 1].float(),
+                trajectory.c2w[i : i + 1].float().to(device),
                 scene_map.camera,
                 appearance=appearance,
                 with_posemap=False,
@@ -65,7 +68,7 @@ def render(options: argparse.Namespace) -> int:
             name = Path(trajectory.keys[i]).stem.replace("/", "_")
             _write_png(options.out / f"{name}.png", colour)
             if options.depth:
-                depth = (view.depth[0] * 1000).clamp(0, 65535).round().to(torch.int32).numpy().astype("uint16")
+                depth = (view.depth[0] * 1000).clamp(0, 65535).round().to(torch.int32).cpu().numpy().astype("uint16")
                 _write_png(options.out / f"{name}_depth.png", torch.from_numpy(depth))
             task.update(i + 1)
     return 0

@@ -152,7 +152,11 @@ class ImageStack:
         """The selection on `device`; on the CPU nothing is copied."""
         if device.type == self.device.type:
             return self
-        return ImageStack(torch.cat([chunk.to(device) for chunk in self.split(64)]) if len(self) else self._images[:0])
+        images, first = torch.empty(self.shape, dtype=self.dtype, device=device), 0
+        for chunk in self.split(64):  # into place: images and a copy of them may not fit a GPU
+            images[first : first + len(chunk)] = chunk.to(device)
+            first += len(chunk)
+        return ImageStack(images)
 
     def digest(self) -> str:
         """SHA-256 over the images' own, in order."""

@@ -27,7 +27,7 @@ _GRADIENT_CELLS = (3, 4)
 _N_ORIENTATIONS = 8  # of 45 deg, signed
 _LUMINANCE = (0.299, 0.587, 0.114)
 _MIN_CELL_NORM = 0.01  # a cell without texture stays weak instead of becoming amplified noise
-_CHUNK = 128  # images described at a time; bounds the memory
+_PIXELS = 2**24  # described at a time, of whole images; bounds the memory
 
 
 def mean_pose_baseline(train_c2w: torch.Tensor, test_c2w: torch.Tensor) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def image_descriptor(images: ImageStack | torch.Tensor) -> torch.Tensor:
         ShapeError: another shape or dtype.
     """
     parts = []
-    for chunk in images.split(_CHUNK):
+    for chunk in images.split(max(1, _PIXELS // max(1, images.shape[1:3].numel()))):
         expect_shape("image_descriptor", "images", chunk, (None, None, None, 3))
         expect_dtype("image_descriptor", "images", chunk, [torch.uint8])
         parts.append(_describe(chunk.permute(0, 3, 1, 2).float() / 255))

@@ -22,6 +22,7 @@ __all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
 
 _VERSION = 3
 _SUPPORT = "errors.support"  # name of the training poses among the tensors
+_DEVICE = torch.device("cpu")  # where a localizer is read to unless it is said
 _ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
 
 
@@ -126,8 +127,8 @@ class PoseRegressor:
         write_container(path, LOCALIZER_MAGIC, header, tensors)
 
     @classmethod
-    def load(cls, path: str | Path) -> PoseRegressor:
-        """Read a localizer.
+    def load(cls, path: str | Path, device: torch.device = _DEVICE) -> PoseRegressor:
+        """Read a localizer to `device`.
 
         Raises:
             FileFormatError: not a localizer, damaged, or of another version.
@@ -143,7 +144,7 @@ class PoseRegressor:
         support = tensors.pop(_SUPPORT, None)
         net.load_state_dict(tensors)
         errors = None if support is None else ErrorModel.from_dict(header["errors"], support)
-        return cls(net, config, camera, header["metrics"], errors)
+        return cls(net.to(device), config, camera, header["metrics"], errors)
 
 
 def read_image(path: str | Path, camera: Camera) -> torch.Tensor:

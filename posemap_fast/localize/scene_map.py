@@ -20,7 +20,7 @@ from posemap_fast.render import RenderConfig, Renderer
 __all__ = ["SceneMap"]
 
 _VERSION = 2
-_DEVICE = torch.device("cpu")  # where a map is read to
+_DEVICE = torch.device("cpu")  # where a map is read to unless it is said
 
 
 @dataclass
@@ -77,13 +77,14 @@ class SceneMap:
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
     @classmethod
-    def load(cls, path: str | Path, backbone: str | None = None) -> SceneMap:
+    def load(cls, path: str | Path, backbone: str | None = None, device: torch.device = _DEVICE) -> SceneMap:
         """Read a map.
 
         Args:
             path: file written by `save`.
             backbone: field backbone to evaluate it with, `auto` for the best one here; default the one it was trained
                 with where that can run.
+            device: where to.
         Raises:
             FileFormatError: not a map, damaged, or of another version.
             ConfigError: unknown backbone.
@@ -96,9 +97,9 @@ class SceneMap:
             )
         values: dict[str, Any] = header["field"]
         if backbone is None:
-            backbone = runnable_backend("field.backbone", values["backbone"], _DEVICE)
-        backbone = resolve_backend("field.backbone", backbone, _DEVICE)
-        backend = runnable_backend("render.backend", header["render"]["backend"], _DEVICE)
+            backbone = runnable_backend("field.backbone", values["backbone"], device)
+        backbone = resolve_backend("field.backbone", backbone, device)
+        backend = runnable_backend("render.backend", header["render"]["backend"], device)
         found = cls.untrained(
             header["scene"],
             from_dict(FieldConfig, {**values, "backbone": backbone}, str(path)),
@@ -117,4 +118,4 @@ class SceneMap:
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
         found.nerfp.requires_grad_(False)
         found.usual_difference = header.get("usual_difference")
-        return found
+        return found.to(device)

@@ -43,12 +43,17 @@ def _choice() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops in this block on `native` or `reference` code (`auto` is the default)."""
+    """Run the ops in this block on `native` or `reference` code (`auto` is the default), their gradients too.
+
+    On a GPU, autograd would compute these on a thread of its own, which knows nothing of the choice; in this block it
+    stays on the calling thread.
+    """
     if name not in _CHOICES:
         raise BackendError(f"unknown ops backend '{name}'; use one of {', '.join(_CHOICES)}")
     token = _forced.set(name)
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _forced.reset(token)
 

@@ -29,6 +29,7 @@ _JUDGED_ROWS = 48  # at which start and end are compared, whatever the schedule:
 _FEWEST_ROWS = 24  # of smaller pictures
 _LEAST_ROWS = 8  # of the largest
 _COARSENESS = 2.0  # ray steps are so many times as long as the map's: half the time, and poses as good
+_MOST_SHRUNK = 64  # times at once; torch's CUDA kernel has room for 94
 _RAYS = 1 << 15  # rendered at a time; bounds the memory
 _STARTS, _SEARCHED = 16, 2  # drawn around a doubtful one; rounds after which the best of them is chosen
 _MOVE, _TURN_DEG = 0.12, 5.0  # farthest start: share of the median depth, per axis, and angle about each
@@ -184,9 +185,14 @@ class _Compared:
 
 
 def _shrunk(images: torch.Tensor, size: Camera) -> torch.Tensor:
-    return functional.interpolate(
-        images, size=(size.height, size.width), mode="bilinear", antialias=True, align_corners=False
-    )
+    """Images at a smaller size, in two steps where one is more than torch's CUDA kernel has room for."""
+    if images.shape[2] > _MOST_SHRUNK * size.height or images.shape[3] > _MOST_SHRUNK * size.width:
+        images = _resized(images, 8 * size.height, 8 * size.width)
+    return _resized(images, size.height, size.width)
+
+
+def _resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return functional.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _picture(

@@ -108,3 +108,11 @@ def test_unknown_backend_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("PMF_BACKEND", "cuda12")
     with pytest.raises(BackendError, match="unknown backend"):
         backend_name()
+
+
+def test_a_chosen_backend_holds_for_gradients_too() -> None:
+    """On a GPU autograd has threads of its own, which do not know this one's choice."""
+    assert torch.autograd.is_multithreading_enabled()
+    with _library.use_backend("reference"):
+        assert not torch.autograd.is_multithreading_enabled()
+    assert torch.autograd.is_multithreading_enabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -326,3 +327,17 @@ def test_the_guard_keeps_the_last_state_that_is_not_much_worse(truth, images, ca
         state.look(done)
         steps.append(state.state["step"])
     assert steps == [1, 2, 2]
+
+
+def test_large_images_are_shrunk_in_steps_that_a_gpu_has_room_for(monkeypatch) -> None:
+    """torch's CUDA kernel of antialiased resizing refuses more than 94 times at once."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 1500), torch.linspace(0, 1, 2000), indexing="ij")
+    images = torch.stack([rows, columns, rows * columns])[None]
+    resized, sizes = image_pose._resized, [(1500, 2000)]
+    monkeypatch.setattr(image_pose, "_resized", lambda x, *size: sizes.append(size) or resized(x, *size))
+    small = image_pose._shrunk(images, Camera(16, 12, 10.0, 10.0, 8.0, 6.0))
+    assert sizes == [(1500, 2000), (96, 128), (12, 16)]
+    assert all(a / b <= 94 for before, after in itertools.pairwise(sizes) for a, b in zip(before, after, strict=True))
+    torch.testing.assert_close(small, resized(images, 12, 16), atol=5e-3, rtol=0)
+    image_pose._shrunk(small, Camera(8, 6, 5.0, 5.0, 4.0, 3.0))
+    assert sizes[3:] == [(6, 8)]

@@ -39,7 +39,10 @@ from posemap_fast.seeding import step_generator
 __all__ = ["StageOne"]
 
 _PLAIN, _TUNED = "plain torch", "tuned torch"
-_TOLERANCE, _HASH_TOLERANCE, _HALF_TOLERANCE, _STEP_TOLERANCE = 2e-5, 1e-4, 2e-2, 5e-3
+_TOLERANCE, _HASH_TOLERANCE, _STEP_TOLERANCE = 2e-5, 1e-4, 5e-3
+# Of tensor cores: rounding to half opens or shuts the gates of one hidden value in a thousand, and 0.1 % of the terms
+# are 3 % of a gradient's norm (tests/cuda_emulation compares tightly, with an oracle that rounds alike).
+_HALF_TOLERANCE = 5e-2
 _SHRINK = {"large": 1, "medium": 4, "small": 16}  # a large tensor must not land in what a small one left of the heap
 _SMOKE_SHRINK = 256
 _FLOAT = 4  # bytes

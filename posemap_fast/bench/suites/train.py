@@ -8,7 +8,6 @@ are judged by. The map of stages 2 and 3 is not trained as the preset does, but 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -103,18 +102,11 @@ class _Scene:
         return scene_map
 
 
-@contextlib.contextmanager
-def _kernels(backend: str) -> Iterator[None]:
-    """Ops and their gradients on `native` or `reference` code."""
-    with ops.use_backend(backend), torch.autograd.set_multithreading_enabled(False):  # the choice is of this thread
-        yield
-
-
 def _on(backend: str, work: Callable[[], Any]) -> Callable[[], Any]:
     """The same work on code of our choice."""
 
     def run() -> Any:
-        with _kernels(backend):
+        with ops.use_backend(backend):
             return work()
 
     return run
@@ -233,7 +225,7 @@ def train_field(context: BenchContext) -> Iterator[Comparison]:
     target = _SMOKE_TARGET_DB if context.is_smoke else _TARGET_DB
     with context.kept("train/room") as folder:
         scene = _Scene.of(context, folder)
-        with _kernels("native"):
+        with ops.use_backend("native"):
             with yardstick(context.device, context.is_smoke) as peers:
                 stage, reached = _field_from_scratch(scene, target)
             after = max(reached.steps, math.ceil(stage.config.coarse[1] * stage.n_steps))
@@ -309,7 +301,7 @@ def train_pose_branch(context: BenchContext) -> Iterator[Comparison]:
     with context.kept(_SMALL_ROOM) as folder:
         scene = _Scene.of_few_views(context, folder)
         config = scene.stages.config.posemap
-        with _kernels("native"):
+        with ops.use_backend("native"):
             scene_map = scene.map()
         stage = PoseBranchStage(
             dataclasses.replace(config, lr=0.0),
@@ -405,7 +397,7 @@ def train_online(context: BenchContext) -> Iterator[Comparison]:
     """Stage 3: the parts of a step, then the step."""
     with context.kept(_SMALL_ROOM) as folder:
         scene = _Scene.of_few_views(context, folder)
-        with _kernels("native"):
+        with ops.use_backend("native"):
             loop = _Loop.of(scene)
             whole = loop.stage(Peer())
         yield from _online_maps(loop, whole)
@@ -470,14 +462,14 @@ def _passes(net: APRNet, images: torch.Tensor, target: torch.Tensor) -> Tensors:
 def _online_step(loop: _Loop) -> Comparison:
     """The whole step; less of it are the peers."""
     config = loop.config
-    with _kernels("native"):
+    with ops.use_backend("native"):
         step = loop.step(Peer())
         peers = {name: loop.step(peer) for name, peer in PEERS.items()}
 
     def error() -> float:
         """Of the step, and of the losses that steps on the same images have in common with it."""
         found = [_error_of(step.gradients)]
-        with _kernels("native"):
+        with ops.use_backend("native"):
             ours = step.losses()
             for theirs in (peers[name].losses() for name, peer in PEERS.items() if peer.same_batch):
                 found += [abs(theirs[loss] - ours[loss]) / abs(ours[loss]) for loss in ("pose", "rvs")]
