@@ -68,12 +68,13 @@ def test_a_check_may_be_made_in_several_calls(tmp_path) -> None:
     out = tmp_path / "out"
     first = call(str(out), "--steps", "build_cpu")
     assert first.returncode == 0, first.stderr
-    second = call(str(out), "--steps", "environment,parity")
+    has_gpu = torch.cuda.is_available()  # then the parity tests are a step of whoever runs this
+    second = call(str(out), "--steps", "environment" if has_gpu else "environment,parity")
     report = json.loads((out / "gpu_check.json").read_text())
     steps = {row["step"]: row["status"] for row in report["steps"]}
     assert {"environment": 0, "build_cpu": 0}.items() <= steps.items()
     assert report["environment"]["torch"] == torch.__version__
-    if not torch.cuda.is_available():
+    if not has_gpu:
         assert second.returncode == 3 and "sees no GPU" in second.stderr and "parity" not in steps
 
 
