@@ -30,7 +30,7 @@ MINIATURE = [
     *("--set", "data.room_train=24", "--set", "data.room_test=6", "--set", "data.room_width=64"),
     *("--set", "nerf.steps=60", "--set", "nerf.samples_per_step=4096", "--set", "posemap.steps=30"),
     *("--set", "apr.steps=24", "--set", "apr.validate_every=8", "--set", "checkpoint_every_s=0.5"),
-    *("--set", "network.input_size=[48,64]", "--set", "data.network_side=0", "--set", "threads=2"),
+    *("--set", "network.input_size=[48,64]", "--set", "data.network_side=0", "--set", "threads=1"),
 ]
 FILES = [
     *("scene.map", "localizer.pmnet", "poses_test.txt", "poses_test_gt.txt", "summary.json", "report.html"),
