@@ -82,10 +82,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("site", metavar="SITE", type=Path)
-    parser.add_argument("library", choices=sorted(_BUILDS))
+    parser.add_argument("name", choices=sorted(_BUILDS))
     arguments = parser.parse_args()
     try:
-        _BUILDS[arguments.library](arguments.folder.resolve(), arguments.site.resolve())
+        _BUILDS[arguments.name](arguments.folder.resolve(), arguments.site.resolve())
     except (BackendError, OSError, subprocess.CalledProcessError) as error:
         print(f"gpu_libraries: {error}", file=sys.stderr)
         return 1
