@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_report import read_steps, report  # beside this file
 
 from posemap_fast.files import write_text
@@ -28,7 +29,7 @@ from posemap_fast.files import write_text
 __all__ = ["Step", "main", "run_step", "steps_of"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSED, FAILED, BAD_INPUT, NO_GPU = 0, 1, 2, 3
+PASSED, FAILED, NO_GPU = 0, 1, 3  # argparse ends with 2
 OVER_LIMIT = 124  # what timeout(1) returns
 _GRACE_S = 10  # between the polite and the final signal
 _SHORT_RUN = {
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="POSEMAP_PYTHON: the interpreter (default .venv's, else python3).\n"
         "PMF_CUDA_LIBRARY: a libpmf_cuda.so built elsewhere.\n"
-        "Exit code: 0 all passed, 1 a step failed, 2 bad arguments, 3 no GPU (the steps that need one have not run).",
+        "Exit code: 0 these steps passed, 1 one failed, 2 bad arguments, 3 no GPU (those that need one have not run).",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for logs, JSON and the table")
     parser.add_argument(
@@ -182,12 +183,6 @@ def _chosen(parser: argparse.ArgumentParser, arguments: argparse.Namespace, out:
     return [step for step in steps if step.name in wanted]
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the steps, write OUT/gpu_check.json, print the table."""
     parser = _parser()
@@ -196,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = _chosen(parser, arguments, out)
     out.mkdir(parents=True, exist_ok=True)
     rows = {} if arguments.steps is None else {row["step"]: row for row in read_steps(out)}
-    has_gpu = _has_gpu()
+    has_gpu = torch.cuda.is_available()
     for step in steps:
         if step.needs_gpu and not has_gpu:
             continue
@@ -210,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     if not has_gpu and any(step.needs_gpu for step in steps):
         print("gpu_check: torch sees no GPU here; the steps that need one were not run", file=sys.stderr)
         return NO_GPU
-    return FAILED if any(row["status"] != 0 for row in rows.values()) else PASSED
+    return FAILED if any(rows[step.name]["status"] != 0 for step in steps) else PASSED
 
 
 if __name__ == "__main__":

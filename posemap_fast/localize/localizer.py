@@ -22,7 +22,6 @@ __all__ = ["Localizer", "PoseAnswer", "PoseRegressor", "read_image"]
 
 _VERSION = 3
 _SUPPORT = "errors.support"  # name of the training poses among the tensors
-_DEVICE = torch.device("cpu")  # where a localizer is read to unless it is said
 _ASPECT_TOLERANCE = 0.02  # relative difference of the aspect ratio beyond which an image is refused
 
 
@@ -127,7 +126,7 @@ class PoseRegressor:
         write_container(path, LOCALIZER_MAGIC, header, tensors)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device = _DEVICE) -> PoseRegressor:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> PoseRegressor:
         """Read a localizer to `device`.
 
         Raises:

@@ -20,7 +20,6 @@ from posemap_fast.render import RenderConfig, Renderer
 __all__ = ["SceneMap"]
 
 _VERSION = 2
-_DEVICE = torch.device("cpu")  # where a map is read to unless it is said
 
 
 @dataclass
@@ -77,7 +76,7 @@ class SceneMap:
         return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
     @classmethod
-    def load(cls, path: str | Path, backbone: str | None = None, device: torch.device = _DEVICE) -> SceneMap:
+    def load(cls, path: str | Path, backbone: str | None = None, device: torch.device | str = "cpu") -> SceneMap:
         """Read a map.
 
         Args:
@@ -91,6 +90,7 @@ class SceneMap:
             BackendError: the named backbone cannot run here.
         """
         header, tensors = read_container(path, MAP_MAGIC)
+        device = torch.device(device)
         if header.get("version") != _VERSION:
             raise FileFormatError(
                 f"{path}: scene map of version {header.get('version')}, this program reads {_VERSION}; train again"

@@ -103,7 +103,7 @@ def room_map(context: BenchContext) -> RoomMap:
             trained, view = _train_room(context, config)
             trained.save(paths[0])
             torch.save(view, paths[1])
-        found = SceneMap.load(paths[0]).to(context.device)
+        found = SceneMap.load(paths[0], device=context.device)
         c2w, code = torch.load(paths[1], map_location=context.device, weights_only=True)
     room = RoomMap(found.nerfp, found.renderer, found.camera, c2w, code)
     return room.on(config.field.backbone, config.render.backend)
